@@ -1,0 +1,1 @@
+//! Linux as the engine needs it: the only unsafe code of the project.

@@ -1,0 +1,304 @@
+//! What a VMM must offer to be migrated: the traits for embedders.
+//!
+//! The engine never reaches into a VMM. It calls these traits, from threads of its own, and every
+//! call may block for as long as its contract says. No method has a default: an override that was
+//! forgotten would lose memory in silence.
+//!
+//! | trait | called from | role |
+//! |---|---|---|
+//! | [`Ram`] | every page worker, at once | read at the source, write at the target |
+//! | [`Tracker`] | one tracker thread | which pages were written |
+//! | [`Guest`] | one VM thread | run state, pause, resume, end |
+//! | [`DeviceState`] | the same VM thread | everything that is not RAM |
+//!
+//! An error from any of them before the hand-over ends the migration as kept: the guest goes on at
+//! the source as it was. So report errors early and never swallow one.
+
+use std::error::Error as StdError;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::core::layout::{Layout, PageRange, RegionIndex};
+
+/// What went wrong inside a VMM, told by its adapter.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmmError {
+    /// The VMM, or its process, is gone: the guest died with it.
+    #[error("the VMM is gone: {what}")]
+    Gone {
+        /// How that showed.
+        what: String,
+    },
+    /// A system call failed.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The VMM refused or failed an operation.
+    #[error("{what}")]
+    Failed {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// The VMM did something that it must not do now, or has something that cannot be moved.
+    #[error("{what}")]
+    Unfit {
+        /// What is wrong, and what to do about it.
+        what: String,
+    },
+    /// No answer in time.
+    #[error("{what} took longer than {limit_ms} ms")]
+    TimedOut {
+        /// What was being done.
+        what: String,
+        /// The bound, in milliseconds.
+        limit_ms: u64,
+    },
+}
+
+impl VmmError {
+    /// A failed system call, with what was being done.
+    pub fn io(what: impl Into<String>, source: io::Error) -> Self {
+        Self::Io {
+            what: what.into(),
+            source,
+        }
+    }
+
+    /// A failed operation of the VMM, with what was being done.
+    pub fn failed(
+        what: impl Into<String>,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        Self::Failed {
+            what: what.into(),
+            source: source.into(),
+        }
+    }
+}
+
+/// Guest RAM.
+///
+/// Called from many threads at once; ranges that run at the same time never overlap. A range outside
+/// [`Ram::layout`] is the engine's own fault, and an error.
+pub trait Ram: Send + Sync {
+    /// The regions. Constant for the life of the value.
+    fn layout(&self) -> &Layout;
+
+    /// Source: copies `range` into `into`, which is exactly as long.
+    ///
+    /// The guest may be writing: bytes may be torn, never older than the call. A page that the VMM
+    /// has not allocated reads as zeros and stays unallocated.
+    fn read(&self, region: RegionIndex, range: PageRange, into: &mut [u8]) -> Result<(), VmmError>;
+
+    /// Source: tells `found` every run that may hold anything but zeros, in order.
+    ///
+    /// A page outside them was all zeros at some moment during the call.
+    fn populated(
+        &self,
+        region: RegionIndex,
+        found: &mut dyn FnMut(PageRange),
+    ) -> Result<(), VmmError>;
+
+    /// Target: makes every page of every region read as zero, whatever was there.
+    ///
+    /// Called once, before anything is written, while the guest cannot run.
+    fn blank(&self) -> Result<(), VmmError>;
+
+    /// Target: copies `from` into `range`, which is exactly as long.
+    fn write(&self, region: RegionIndex, range: PageRange, from: &[u8]) -> Result<(), VmmError>;
+
+    /// Target: reads exactly the bytes of `range` from `from`, straight into guest RAM, and returns
+    /// the CRC32 (IEEE) of `seed` continued over those bytes.
+    ///
+    /// On an error the range holds anything: the engine does not use it before it is sent again.
+    fn receive(
+        &self,
+        region: RegionIndex,
+        range: PageRange,
+        from: &mut dyn io::Read,
+        seed: crc32fast::Hasher,
+    ) -> Result<crc32fast::Hasher, VmmError>;
+
+    /// Target: makes `range` read as zeros.
+    fn zero(&self, region: RegionIndex, range: PageRange) -> Result<(), VmmError>;
+}
+
+/// Whether a collection ends with the reported pages watched again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rearm {
+    /// Every reported page is watched again, atomically with its report.
+    Yes,
+    /// The last collection, with the guest paused: only looked at, which is cheaper.
+    No,
+}
+
+/// Dirty tracking: which pages were written since they were last reported.
+pub trait Tracker: Send {
+    /// Begins. When it returns, every later write to guest RAM will be reported, by whomever it is
+    /// made: vCPU, device emulation or direct I/O.
+    fn start(&mut self) -> Result<(), VmmError>;
+
+    /// Tells `found` every page written since it was last reported, or since `start`.
+    ///
+    /// When it returns, a read sees at least the write that led to a report; a write that happens
+    /// during the call is in this report or in the next.
+    fn collect(
+        &mut self,
+        rearm: Rearm,
+        found: &mut dyn FnMut(RegionIndex, PageRange),
+    ) -> Result<(), VmmError>;
+
+    /// Ends and leaves nothing behind. May be called at any time, also twice.
+    fn stop(&mut self) -> Result<(), VmmError>;
+}
+
+/// Whether a guest's vCPUs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// They run.
+    Running,
+    /// They are paused, by whomever.
+    Paused,
+}
+
+/// What happens to a guest without the engine's doing. Each is an input of the core with an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GuestEvent {
+    /// The guest was reset: its RAM changes, through the same page tables.
+    Reset,
+    /// The guest turned itself off; it will not run again.
+    ShutDown,
+    /// The guest's kernel panicked and the VMM halted it.
+    Panicked,
+    /// The VMM paused the guest because of an I/O error.
+    IoErrorPause {
+        /// The device or node, as the VMM names it.
+        device: String,
+    },
+    /// Somebody else paused the guest.
+    ForeignPause,
+    /// Somebody else resumed the guest.
+    ForeignResume,
+    /// The VMM itself is gone, or its control connection is.
+    Gone {
+        /// How that showed.
+        what: String,
+    },
+}
+
+/// Where a guest's events go. May be called from any thread; never blocks.
+pub type EventSink = Arc<dyn Fn(GuestEvent) + Send + Sync>;
+
+/// Everything about the VM that must be the same at both sides, as it is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inventory {
+    /// Architecture, in the VMM's own words: `x86_64`.
+    pub arch: String,
+    /// The versioned machine type: `pc-q35-10.0`.
+    pub machine: String,
+    /// The VMM's name and version, for people: `QEMU 10.0.2`.
+    pub vmm: String,
+    /// Guest RAM.
+    pub layout: Layout,
+    /// Devices, one line each, in a stable order. Compared only with an earlier reading of the same
+    /// VM; never between source and target.
+    pub devices: Vec<String>,
+}
+
+/// When the guest stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stopped {
+    /// The moment from which no vCPU ran: the start of the blackout.
+    pub at: Instant,
+}
+
+/// What a pause is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PauseFor {
+    /// A non-live move: the guest stays paused while all its RAM is copied.
+    Copy,
+    /// The switchover: [`DeviceState::save`] follows.
+    Switchover,
+}
+
+/// The guest: its run state, and the life of its VMM.
+///
+/// All methods of this trait and of [`DeviceState`] are called from one thread, one at a time.
+pub trait Guest: Send {
+    /// From now on tells `sink` what happens to the guest without the engine's doing.
+    fn watch(&mut self, sink: EventSink) -> Result<(), VmmError>;
+
+    /// Reads the inventory anew.
+    fn inventory(&mut self) -> Result<Inventory, VmmError>;
+
+    /// Whether the guest runs now.
+    fn run_state(&mut self) -> Result<RunState, VmmError>;
+
+    /// Source: writes out, with the guest running, what a pause would otherwise wait for (dirty
+    /// caches of disk images). Called from a thread of its own through the returned handle, so that
+    /// the VM thread stays free.
+    fn flusher(&mut self) -> Box<dyn FnMut() -> Result<(), VmmError> + Send>;
+
+    /// Source: pauses the guest. When it returns, no vCPU runs and all its I/O has landed in RAM.
+    /// Idempotent; a guest that was paused already keeps its earlier moment. Bounded.
+    fn pause(&mut self, why: PauseFor) -> Result<Stopped, VmmError>;
+
+    /// Lets the guest run. When it returns, it runs. At the target this is the one call that makes
+    /// it the owner; at the source, the way back after a failed move. Bounded.
+    fn resume(&mut self) -> Result<(), VmmError>;
+
+    /// Source: puts back every setting that the engine changed, except the run state. Idempotent;
+    /// called on every way out on which the VMM lives on.
+    fn restore(&mut self) -> Result<(), VmmError>;
+
+    /// Ends the VMM: at the source after the guest has moved, at the target when it did not get the
+    /// guest. Never called on an owner. Idempotent.
+    fn quit(&mut self) -> Result<(), VmmError>;
+}
+
+/// Everything that is not RAM: registers, devices, clocks.
+///
+/// Called from the same thread as [`Guest`].
+pub trait DeviceState: Send {
+    /// Source: keeps `sink` for what [`DeviceState::save`] will write. What is large and may travel
+    /// before the pause (ROMs, video memory) can be written from now on, from any thread.
+    fn open(&mut self, sink: Box<dyn io::Write + Send>) -> Result<(), VmmError>;
+
+    /// Source: writes the state of the paused guest into the sink and drops it. May still change
+    /// guest RAM: the engine collects once more afterwards. Bounded.
+    fn save(&mut self) -> Result<(), VmmError>;
+
+    /// Source: undoes `open` and `save`, so that the guest can be resumed here. Idempotent, allowed
+    /// at any time before the guest was given away.
+    fn abandon(&mut self) -> Result<(), VmmError>;
+
+    /// Target: gets ready to load. When it returns, the guest cannot start by itself, neither before
+    /// the load nor after it.
+    fn prepare(&mut self) -> Result<(), VmmError>;
+
+    /// Target: reads the state from `from` and loads it. `from` holds back what must not be loaded
+    /// before all RAM is in place. When it returns, the guest is complete and paused, and
+    /// [`Guest::resume`] is all that is missing. An error of `from` ends the load with an error.
+    fn load(&mut self, from: &mut dyn io::Read) -> Result<(), VmmError>;
+}
+
+/// The parts of a VM, handed to a migration.
+pub struct Vm {
+    /// Its RAM.
+    pub ram: Arc<dyn Ram>,
+    /// Its dirty tracking; used at the source.
+    pub tracker: Box<dyn Tracker>,
+    /// Its run state and life.
+    pub guest: Box<dyn Guest>,
+    /// Its device state.
+    pub state: Box<dyn DeviceState>,
+}

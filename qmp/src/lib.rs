@@ -1,0 +1,2 @@
+//! An asynchronous QMP client.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The migration wire.
+#![forbid(unsafe_code)]

@@ -1,0 +1,1 @@
+//! Guests, QEMU pairs and the simulated world for the tests of Ferry.
