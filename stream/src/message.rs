@@ -1,0 +1,302 @@
+//! What the two engines say to each other on the control lane.
+//!
+//! These are the meanings; the codec turns them into the payloads of
+//! frames. Every message is small but [`Message::State`]; pages travel on lanes of their own.
+
+use std::fmt;
+use std::str::FromStr;
+
+use bytes::Bytes;
+
+use crate::limits::{HIGHEST_VERSION, LOWEST_VERSION};
+
+/// Names one migration: 128 random bits, chosen by the source, presented by every connection of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SessionId(pub [u8; 16]);
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+/// A text that is no session: not exactly 32 hexadecimal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a session is written as 32 hexadecimal digits")]
+pub struct ParseSessionError;
+
+impl FromStr for SessionId {
+    type Err = ParseSessionError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let all_digits = text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if text.len() != 32 || !all_digits {
+            return Err(ParseSessionError);
+        }
+        let number = u128::from_str_radix(text, 16).map_err(|_| ParseSessionError)?;
+        Ok(Self(number.to_be_bytes()))
+    }
+}
+
+/// A pass over guest RAM, counted from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Round(pub u32);
+
+impl fmt::Display for Round {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "round {}", self.0)
+    }
+}
+
+/// A lane of a migration: 0 is the control lane, page lanes count from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LaneIndex(pub u16);
+
+impl LaneIndex {
+    /// The lane of every [`Message`].
+    pub const CONTROL: Self = Self(0);
+}
+
+impl fmt::Display for LaneIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "lane {}", self.0)
+    }
+}
+
+/// The wire versions that a side speaks, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Versions {
+    /// The lowest.
+    pub lowest: u16,
+    /// The highest; never below the lowest.
+    pub highest: u16,
+}
+
+impl Versions {
+    /// What this crate speaks.
+    pub const OURS: Self = Self {
+        lowest: LOWEST_VERSION,
+        highest: HIGHEST_VERSION,
+    };
+
+    /// The highest version that both speak, if there is one.
+    pub fn agree(self, other: Self) -> Option<u16> {
+        let lowest = self.lowest.max(other.lowest);
+        let highest = self.highest.min(other.highest);
+        (lowest <= highest).then_some(highest)
+    }
+}
+
+/// Optional abilities of a side, one bit each. Both sides use the intersection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features(pub u64);
+
+impl Features {
+    /// None: what version 1 has.
+    pub const NONE: Self = Self(0);
+
+    /// What both have.
+    #[must_use]
+    pub fn intersection(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// True when every feature of `other` is in this set.
+    pub fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// What a connection is for; the first thing told on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// The control lane of a new migration.
+    Migrate,
+    /// A page lane of the session named.
+    Lane(LaneIndex),
+    /// To ask who owns the guest of the session named.
+    Inquire,
+}
+
+/// A RAM region of the source's guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// The VMM's name for it.
+    pub name: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Bytes in a page of the memory behind it.
+    pub backing_page_bytes: u32,
+}
+
+/// Whether the guest runs while its RAM is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// It runs, and what it writes is copied again.
+    Live,
+    /// It is paused before the first round.
+    Paused,
+}
+
+/// The guest that a source offers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Its architecture, as the VMM names it.
+    pub arch: String,
+    /// Its versioned machine type.
+    pub machine: String,
+    /// The source's VMM and its version, for people.
+    pub vmm: String,
+    /// Its RAM, in the order that page frames count regions by.
+    pub regions: Vec<RegionInfo>,
+    /// How many page lanes the source will open, at least 1.
+    pub lanes: u16,
+    /// Whether it runs while it is copied.
+    pub mode: Mode,
+}
+
+/// The first message of every connection, by whoever opened it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The wire versions that the sender speaks.
+    pub versions: Versions,
+    /// What the sender is able to do besides.
+    pub features: Features,
+    /// The migration that the connection belongs to.
+    pub session: SessionId,
+    /// What the connection is for.
+    pub purpose: Purpose,
+    /// The guest; present exactly for [`Purpose::Migrate`].
+    pub offer: Option<Offer>,
+}
+
+/// The answer to a [`Hello`] that is accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// The wire version of everything that follows.
+    pub version: u16,
+    /// The features in use: never one that the hello lacks.
+    pub features: Features,
+    /// How many page lanes the target accepts, at most as many as were offered.
+    pub lanes: u16,
+}
+
+/// In which state the target leaves the guest that it was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Run {
+    /// It runs.
+    Run,
+    /// It stays paused, for somebody else to resume.
+    StayPaused,
+}
+
+/// Who owns a guest, by the target's journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The target: it took the guest.
+    Taken,
+    /// The source: the target never took the guest, and a Go still on its way is void.
+    Refused,
+    /// The source: the target took the guest, could not resume it, and ended its VMM.
+    Returned,
+}
+
+/// Why a side gave up. Travels as a number, so that peers of other versions can tell others apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AbortCode {
+    /// Somebody asked for it.
+    Cancelled,
+    /// No wire version in common.
+    Version,
+    /// The RAM layouts differ.
+    Layout,
+    /// The architectures or machine types differ.
+    Machine,
+    /// The target is at another migration.
+    Busy,
+    /// The session named is not the one at work here.
+    Session,
+    /// A message that must not come now.
+    Protocol,
+    /// A frame whose bytes are not what was sent.
+    Corrupt,
+    /// The VMM refused or failed something.
+    Vmm,
+    /// No room for the guest's RAM.
+    Memory,
+    /// The guest, or its VMM, is gone.
+    GuestGone,
+    /// The engine's own fault, or its host's.
+    Internal,
+    /// Something took longer than its bound.
+    Timeout,
+    /// A code that this version does not know.
+    Unknown(u16),
+}
+
+/// A message of the control lane. S→T: by the source alone; T→S: by the target alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Message {
+    /// S→T. Opens every connection.
+    Hello(Hello),
+    /// T→S. Accepts it.
+    Welcome(Welcome),
+    /// T→S. RAM is blank and the VMM is ready to load.
+    Prepared,
+    /// S→T. A piece of the device state, in order.
+    State {
+        /// Offset of its first byte in the device state.
+        offset: u64,
+        /// The bytes: at least one, at most [`MAX_STATE_CHUNK`](crate::limits::MAX_STATE_CHUNK).
+        bytes: Bytes,
+    },
+    /// T→S. The round's end came on every page lane, and all its pages are checked and in place.
+    RoundDone {
+        /// The round.
+        round: Round,
+        /// Pages that came in it, of all lanes.
+        pages: u64,
+    },
+    /// S→T. No more pages and no more device state will come.
+    Complete {
+        /// The last round.
+        round: Round,
+        /// Pages sent in all rounds together.
+        pages: u64,
+        /// Length of the device state in bytes.
+        state_bytes: u64,
+        /// CRC32 (IEEE) of the whole device state.
+        state_crc: u32,
+    },
+    /// T→S. RAM is complete, the device state is loaded, and the guest is paused.
+    Ready,
+    /// S→T. The guest is yours.
+    Go {
+        /// In which state to leave it.
+        run: Run,
+    },
+    /// T→S. The guest is mine by my journal, and is in the state ordered.
+    Running,
+    /// T→S. The guest could not be resumed and never ran here: its VMM has ended, it is yours again.
+    Returned {
+        /// Why, for people; at most [`MAX_TEXT`](crate::limits::MAX_TEXT) bytes.
+        reason: String,
+    },
+    /// S→T. I know that the guest is yours.
+    Finished,
+    /// Either way. I am here; no answer is due.
+    Ping,
+    /// S→T, after a [`Purpose::Inquire`]. Who owns the guest?
+    Inquire,
+    /// T→S. The answer, in the journal before it is sent.
+    Answer(Verdict),
+    /// Either way, the sender's last message. I give up.
+    Abort {
+        /// Why, for the peer.
+        code: AbortCode,
+        /// Why, for people; at most [`MAX_TEXT`](crate::limits::MAX_TEXT) bytes.
+        text: String,
+    },
+}
