@@ -23,3 +23,28 @@ pub const MAX_LANES: u16 = 64;
 
 /// Most bytes of device state in one message.
 pub const MAX_STATE_CHUNK: usize = 256 << 10;
+
+/// Most bytes of device state in one migration: what a target may have to hold back until all RAM is
+/// in place.
+pub const MAX_STATE_BYTES: u64 = 1 << 30;
+
+/// Bytes in a page, the unit that page frames count in.
+pub const PAGE_BYTES: usize = 4096;
+
+/// Most records in a page frame.
+pub const MAX_RECORDS: usize = 1024;
+
+/// Most pages whose bytes are in one page frame, of all its records together.
+pub const MAX_RAW_PAGES: u32 = 256;
+
+/// Most bytes of page data in a page frame.
+pub const MAX_PAGE_DATA: usize = MAX_RAW_PAGES as usize * PAGE_BYTES;
+
+/// Most pages in one zero record: it costs the wire nothing, but the receiver time.
+pub const MAX_ZERO_PAGES: u32 = 1 << 16;
+
+/// First page number past the largest region: every byte offset below it fits 64 bits.
+pub const PAGE_NUMBER_END: u64 = 1 << 52;
+
+/// Least room in bytes that a reader of the control lane offers the socket at a time.
+pub(crate) const READ_CHUNK: usize = 16 << 10;

@@ -1,0 +1,488 @@
+//! The payloads of control messages.
+//!
+//! Numbers are little-endian; a text is its length (u16) and its UTF-8 bytes. The same
+//! [`check`](Message::check) guards both directions, so that a side cannot send what the other
+//! refuses.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut, TryGetError};
+
+use crate::error::Error;
+use crate::frame::Kind;
+use crate::limits::{MAX_LANES, MAX_NAME, MAX_REGIONS, MAX_STATE_BYTES, MAX_STATE_CHUNK, MAX_TEXT};
+use crate::message::{
+    AbortCode, Features, Hello, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo, Round, Run,
+    SessionId, Verdict, Versions, Welcome,
+};
+
+impl Message {
+    /// The kind of frame that carries it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Hello(_) => Kind::Hello,
+            Self::Welcome(_) => Kind::Welcome,
+            Self::Prepared => Kind::Prepared,
+            Self::State { .. } => Kind::State,
+            Self::RoundDone { .. } => Kind::RoundDone,
+            Self::Complete { .. } => Kind::Complete,
+            Self::Ready => Kind::Ready,
+            Self::Go { .. } => Kind::Go,
+            Self::Running => Kind::Running,
+            Self::Returned { .. } => Kind::Returned,
+            Self::Finished => Kind::Finished,
+            Self::Ping => Kind::Ping,
+            Self::Inquire => Kind::Inquire,
+            Self::Answer(_) => Kind::Answer,
+            Self::Abort { .. } => Kind::Abort,
+        }
+    }
+
+    /// Appends the payload to `out`. Texts for people are shortened and cleaned; everything else
+    /// that breaks a limit is an error.
+    pub fn encode(&self, out: &mut BytesMut) -> Result<(), Error> {
+        self.check()?;
+        match self {
+            Self::Hello(hello) => put_hello(out, hello),
+            Self::Welcome(welcome) => {
+                out.put_u16_le(welcome.version);
+                out.put_u64_le(welcome.features.0);
+                out.put_u16_le(welcome.lanes);
+            }
+            Self::State { offset, bytes } => {
+                out.put_u64_le(*offset);
+                out.put_slice(bytes);
+            }
+            Self::RoundDone { round, pages } => {
+                out.put_u32_le(round.0);
+                out.put_u64_le(*pages);
+            }
+            Self::Complete {
+                round,
+                pages,
+                state_bytes,
+                state_crc,
+            } => {
+                out.put_u32_le(round.0);
+                out.put_u64_le(*pages);
+                out.put_u64_le(*state_bytes);
+                out.put_u32_le(*state_crc);
+            }
+            Self::Go { run } => out.put_u8(match run {
+                Run::Run => 1,
+                Run::StayPaused => 2,
+            }),
+            Self::Returned { reason } => put_text(out, &clean(reason)),
+            Self::Answer(verdict) => out.put_u8(match verdict {
+                Verdict::Taken => 1,
+                Verdict::Refused => 2,
+                Verdict::Returned => 3,
+            }),
+            Self::Abort { code, text } => {
+                out.put_u16_le(code.number());
+                put_text(out, &clean(text));
+            }
+            Self::Prepared
+            | Self::Ready
+            | Self::Running
+            | Self::Finished
+            | Self::Ping
+            | Self::Inquire => {}
+        }
+        Ok(())
+    }
+
+    /// Reads the payload of a frame of kind `kind`.
+    pub fn decode(kind: Kind, payload: Bytes) -> Result<Self, Error> {
+        let mut fields = Fields {
+            kind,
+            rest: payload,
+        };
+        let message = fields.message()?;
+        fields.finish()?;
+        message.check()?;
+        Ok(message)
+    }
+
+    /// Refuses a message that breaks a limit, or contradicts itself.
+    fn check(&self) -> Result<(), Error> {
+        let kind = self.kind();
+        match self {
+            Self::Hello(hello) => check_hello(hello),
+            Self::Welcome(welcome) => {
+                bounded(kind, "the number of lanes", welcome.lanes, 0, MAX_LANES)
+            }
+            Self::State { offset, bytes } => {
+                let length = bytes.len() as u64;
+                bounded(kind, "the length", length, 1, MAX_STATE_CHUNK as u64)?;
+                bounded(kind, "the offset", *offset, 0, MAX_STATE_BYTES - length)
+            }
+            Self::RoundDone { round, .. } => bounded(kind, "the round", round.0, 1, u32::MAX),
+            Self::Complete {
+                round, state_bytes, ..
+            } => {
+                bounded(kind, "the round", round.0, 1, u32::MAX)?;
+                let length = *state_bytes;
+                bounded(kind, "the state's length", length, 0, MAX_STATE_BYTES)
+            }
+            Self::Prepared
+            | Self::Ready
+            | Self::Go { .. }
+            | Self::Running
+            | Self::Returned { .. }
+            | Self::Finished
+            | Self::Ping
+            | Self::Inquire
+            | Self::Answer(_)
+            | Self::Abort { .. } => Ok(()),
+        }
+    }
+}
+
+fn check_hello(hello: &Hello) -> Result<(), Error> {
+    let kind = Kind::Hello;
+    let Versions { lowest, highest } = hello.versions;
+    bounded(kind, "the lowest version", lowest, 1, highest)?;
+    if let Purpose::Lane(lane) = hello.purpose {
+        bounded(kind, "the lane", lane.0, 1, MAX_LANES)?;
+    }
+    let has_offer = u64::from(hello.offer.is_some());
+    let needs_offer = u64::from(hello.purpose == Purpose::Migrate);
+    bounded(
+        kind,
+        "the number of offers",
+        has_offer,
+        needs_offer,
+        needs_offer,
+    )?;
+    hello.offer.as_ref().map_or(Ok(()), check_offer)
+}
+
+fn check_offer(offer: &Offer) -> Result<(), Error> {
+    let kind = Kind::Hello;
+    check_name("the architecture", &offer.arch)?;
+    check_name("the machine type", &offer.machine)?;
+    check_name("the VMM's name", &offer.vmm)?;
+    bounded(kind, "the number of lanes", offer.lanes, 1, MAX_LANES)?;
+    let regions = offer.regions.len();
+    bounded(
+        kind,
+        "the number of regions",
+        regions as u64,
+        1,
+        MAX_REGIONS as u64,
+    )?;
+    offer
+        .regions
+        .iter()
+        .try_for_each(|region| check_name("a region's name", &region.name))
+}
+
+/// Names reach terminals and logs: no control characters.
+fn check_name(field: &'static str, name: &str) -> Result<(), Error> {
+    let kind = Kind::Hello;
+    bounded(kind, field, name.len() as u64, 1, MAX_NAME as u64)?;
+    if name.chars().any(char::is_control) {
+        return Err(Error::BadText { kind, field });
+    }
+    Ok(())
+}
+
+fn bounded<N>(kind: Kind, field: &'static str, found: N, least: N, most: N) -> Result<(), Error>
+where
+    N: Copy + PartialOrd + Into<u64>,
+{
+    if found < least || found > most {
+        return Err(Error::BadField {
+            kind,
+            field,
+            found: found.into(),
+        });
+    }
+    Ok(())
+}
+
+fn put_hello(out: &mut BytesMut, hello: &Hello) {
+    out.put_u16_le(hello.versions.lowest);
+    out.put_u16_le(hello.versions.highest);
+    out.put_u64_le(hello.features.0);
+    out.put_slice(&hello.session.0);
+    let (purpose, lane) = match hello.purpose {
+        Purpose::Migrate => (1, LaneIndex::CONTROL),
+        Purpose::Lane(lane) => (2, lane),
+        Purpose::Inquire => (3, LaneIndex::CONTROL),
+    };
+    out.put_u8(purpose);
+    out.put_u16_le(lane.0);
+    if let Some(offer) = &hello.offer {
+        put_offer(out, offer);
+    }
+}
+
+fn put_offer(out: &mut BytesMut, offer: &Offer) {
+    out.put_u8(match offer.mode {
+        Mode::Live => 1,
+        Mode::Paused => 2,
+    });
+    out.put_u16_le(offer.lanes);
+    put_text(out, &offer.arch);
+    put_text(out, &offer.machine);
+    put_text(out, &offer.vmm);
+    put_length(out, offer.regions.len());
+    for region in &offer.regions {
+        put_text(out, &region.name);
+        out.put_u64_le(region.bytes);
+        out.put_u32_le(region.backing_page_bytes);
+    }
+}
+
+fn put_text(out: &mut BytesMut, text: &str) {
+    put_length(out, text.len());
+    out.put_slice(text.as_bytes());
+}
+
+fn put_length(out: &mut BytesMut, length: usize) {
+    let length = u16::try_from(length).expect("every list and text was checked against its limit");
+    out.put_u16_le(length);
+}
+
+/// A text for people: without control characters, at most [`MAX_TEXT`] bytes.
+fn clean(text: &str) -> String {
+    let mut end = text.len().min(MAX_TEXT);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    let printable = |letter: char| if letter.is_control() { ' ' } else { letter };
+    // Control characters of two bytes become one: never longer.
+    text[..end].chars().map(printable).collect()
+}
+
+/// A payload, read from its front.
+struct Fields {
+    kind: Kind,
+    rest: Bytes,
+}
+
+impl Fields {
+    fn message(&mut self) -> Result<Message, Error> {
+        Ok(match self.kind {
+            Kind::Hello => Message::Hello(self.hello()?),
+            Kind::Welcome => Message::Welcome(Welcome {
+                version: self.u16()?,
+                features: Features(self.u64()?),
+                lanes: self.u16()?,
+            }),
+            Kind::Prepared => Message::Prepared,
+            Kind::State => Message::State {
+                offset: self.u64()?,
+                bytes: std::mem::take(&mut self.rest),
+            },
+            Kind::RoundDone => Message::RoundDone {
+                round: Round(self.u32()?),
+                pages: self.u64()?,
+            },
+            Kind::Complete => Message::Complete {
+                round: Round(self.u32()?),
+                pages: self.u64()?,
+                state_bytes: self.u64()?,
+                state_crc: self.u32()?,
+            },
+            Kind::Ready => Message::Ready,
+            Kind::Go => Message::Go {
+                run: match self.u8()? {
+                    1 => Run::Run,
+                    2 => Run::StayPaused,
+                    found => return Err(self.bad("the run state", found)),
+                },
+            },
+            Kind::Running => Message::Running,
+            Kind::Returned => Message::Returned {
+                reason: clean(&self.text("the reason", MAX_TEXT)?),
+            },
+            Kind::Finished => Message::Finished,
+            Kind::Ping => Message::Ping,
+            Kind::Inquire => Message::Inquire,
+            Kind::Answer => Message::Answer(match self.u8()? {
+                1 => Verdict::Taken,
+                2 => Verdict::Refused,
+                3 => Verdict::Returned,
+                found => return Err(self.bad("the verdict", found)),
+            }),
+            Kind::Abort => Message::Abort {
+                code: AbortCode::from_number(self.u16()?),
+                text: clean(&self.text("the text", MAX_TEXT)?),
+            },
+            Kind::Pages | Kind::RoundEnd => {
+                return Err(Error::MisplacedKind {
+                    kind: self.kind,
+                    lane: LaneIndex::CONTROL,
+                });
+            }
+        })
+    }
+
+    fn hello(&mut self) -> Result<Hello, Error> {
+        let versions = Versions {
+            lowest: self.u16()?,
+            highest: self.u16()?,
+        };
+        let features = Features(self.u64()?);
+        let mut session = SessionId([0; 16]);
+        self.rest
+            .try_copy_to_slice(&mut session.0)
+            .map_err(|error| self.short(&error))?;
+        let purpose = self.u8()?;
+        let lane = LaneIndex(self.u16()?);
+        let purpose = match (purpose, lane) {
+            (1, LaneIndex::CONTROL) => Purpose::Migrate,
+            (2, lane) => Purpose::Lane(lane),
+            (3, LaneIndex::CONTROL) => Purpose::Inquire,
+            (1 | 3, lane) => return Err(self.bad("the lane", lane.0)),
+            (found, _) => return Err(self.bad("the purpose", found)),
+        };
+        let offer = match purpose {
+            Purpose::Migrate => Some(self.offer()?),
+            Purpose::Lane(_) | Purpose::Inquire => None,
+        };
+        Ok(Hello {
+            versions,
+            features,
+            session,
+            purpose,
+            offer,
+        })
+    }
+
+    fn offer(&mut self) -> Result<Offer, Error> {
+        let mode = match self.u8()? {
+            1 => Mode::Live,
+            2 => Mode::Paused,
+            found => return Err(self.bad("the mode", found)),
+        };
+        let lanes = self.u16()?;
+        let arch = self.text("the architecture", MAX_NAME)?;
+        let machine = self.text("the machine type", MAX_NAME)?;
+        let vmm = self.text("the VMM's name", MAX_NAME)?;
+        let count = self.u16()?;
+        if usize::from(count) > MAX_REGIONS {
+            return Err(self.bad("the number of regions", count));
+        }
+        let regions = (0..count)
+            .map(|_| self.region())
+            .collect::<Result<_, _>>()?;
+        Ok(Offer {
+            arch,
+            machine,
+            vmm,
+            regions,
+            lanes,
+            mode,
+        })
+    }
+
+    fn region(&mut self) -> Result<RegionInfo, Error> {
+        Ok(RegionInfo {
+            name: self.text("a region's name", MAX_NAME)?,
+            bytes: self.u64()?,
+            backing_page_bytes: self.u32()?,
+        })
+    }
+
+    fn text(&mut self, field: &'static str, limit: usize) -> Result<String, Error> {
+        let kind = self.kind;
+        let length = usize::from(self.u16()?);
+        if length > limit {
+            return Err(self.bad(field, length as u64));
+        }
+        if length > self.rest.len() {
+            return Err(Error::ShortPayload { kind });
+        }
+        let bytes = self.rest.split_to(length);
+        let text = str::from_utf8(&bytes).map_err(|_| Error::BadText { kind, field })?;
+        Ok(text.to_owned())
+    }
+
+    fn u8(&mut self) -> Result<u8, Error> {
+        self.rest.try_get_u8().map_err(|error| self.short(&error))
+    }
+
+    fn u16(&mut self) -> Result<u16, Error> {
+        self.rest
+            .try_get_u16_le()
+            .map_err(|error| self.short(&error))
+    }
+
+    fn u32(&mut self) -> Result<u32, Error> {
+        self.rest
+            .try_get_u32_le()
+            .map_err(|error| self.short(&error))
+    }
+
+    fn u64(&mut self) -> Result<u64, Error> {
+        self.rest
+            .try_get_u64_le()
+            .map_err(|error| self.short(&error))
+    }
+
+    fn finish(&self) -> Result<(), Error> {
+        if self.rest.is_empty() {
+            return Ok(());
+        }
+        Err(Error::TrailingBytes {
+            kind: self.kind,
+            count: self.rest.len(),
+        })
+    }
+
+    fn bad(&self, field: &'static str, found: impl Into<u64>) -> Error {
+        Error::BadField {
+            kind: self.kind,
+            field,
+            found: found.into(),
+        }
+    }
+
+    fn short(&self, _: &TryGetError) -> Error {
+        Error::ShortPayload { kind: self.kind }
+    }
+}
+
+impl AbortCode {
+    /// Its number on the wire.
+    pub fn number(self) -> u16 {
+        match self {
+            Self::Cancelled => 1,
+            Self::Version => 2,
+            Self::Layout => 3,
+            Self::Machine => 4,
+            Self::Busy => 5,
+            Self::Session => 6,
+            Self::Protocol => 7,
+            Self::Corrupt => 8,
+            Self::Vmm => 9,
+            Self::Memory => 10,
+            Self::GuestGone => 11,
+            Self::Internal => 12,
+            Self::Timeout => 13,
+            Self::Unknown(number) => number,
+        }
+    }
+
+    /// The code with this number.
+    pub fn from_number(number: u16) -> Self {
+        match number {
+            1 => Self::Cancelled,
+            2 => Self::Version,
+            3 => Self::Layout,
+            4 => Self::Machine,
+            5 => Self::Busy,
+            6 => Self::Session,
+            7 => Self::Protocol,
+            8 => Self::Corrupt,
+            9 => Self::Vmm,
+            10 => Self::Memory,
+            11 => Self::GuestGone,
+            12 => Self::Internal,
+            13 => Self::Timeout,
+            unknown => Self::Unknown(unknown),
+        }
+    }
+}
