@@ -1,0 +1,540 @@
+//! The client against peers that follow a script, over real sockets.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ferry_qmp::commands::{Cont, QueryStatus, QueryTarget, QueryYank, Quit, Stop};
+use ferry_qmp::{Address, Client, Error, ErrorClass, EventKind, Events, MigrationStatus, Options};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::task::JoinHandle;
+
+const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": "Debian"}, "capabilities": ["oob"]}}"#;
+const GREETING_NO_OOB: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 12, "major": 2}, "package": ""}, "capabilities": []}}"#;
+const STOP: &str = r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}"#;
+
+/// Nothing here takes longer, unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The server's end of a connection.
+struct Script {
+    stream: BufReader<UnixStream>,
+}
+
+impl Script {
+    async fn say(&mut self, line: &str) {
+        let line = format!("{line}\r\n");
+        self.stream.write_all(line.as_bytes()).await.unwrap();
+    }
+
+    async fn hear(&mut self) -> String {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).await.unwrap();
+        line
+    }
+
+    async fn greet(&mut self) {
+        self.say(GREETING).await;
+        assert_eq!(
+            self.hear().await,
+            "{\"execute\":\"qmp_capabilities\",\"id\":0,\"arguments\":{\"enable\":[\"oob\"]}}\n"
+        );
+        self.say(r#"{"return": {}, "id": 0}"#).await;
+    }
+}
+
+/// A server that plays `script` to its first client, and the folder that holds its socket.
+struct Server {
+    folder: TempDir,
+    played: JoinHandle<()>,
+}
+
+impl Server {
+    fn play<F: Future<Output = ()> + Send + 'static>(
+        script: impl FnOnce(Script) -> F + Send + 'static,
+    ) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("qmp")).unwrap();
+        let played = tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let stream = BufReader::new(stream);
+            script(Script { stream }).await;
+        });
+        Self { folder, played }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("qmp")
+    }
+
+    async fn connect(&self) -> Result<(Client, Events), Error> {
+        self.connect_with(&Options::default()).await
+    }
+
+    async fn connect_with(&self, options: &Options) -> Result<(Client, Events), Error> {
+        Client::connect(&Address::Unix(self.path()), options).await
+    }
+
+    /// Ends when the script has, and fails when it failed.
+    async fn played(self) {
+        bounded(self.played).await.unwrap();
+    }
+}
+
+async fn bounded<F: Future>(future: F) -> F::Output {
+    tokio::time::timeout(PATIENCE, future)
+        .await
+        .expect("it hangs")
+}
+
+fn short(greeting_ms: u64) -> Options {
+    Options {
+        greeting_timeout: Duration::from_millis(greeting_ms),
+        ..Options::default()
+    }
+}
+
+#[tokio::test]
+async fn tells_replies_and_events_apart() {
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        assert_eq!(peer.hear().await, "{\"execute\":\"stop\",\"id\":1}\n");
+        peer.say(STOP).await;
+        peer.say(r#"{"return": {}, "id": 1}"#).await;
+        peer.say(r#"{"timestamp": {"seconds": 3, "microseconds": 4}, "event": "MIGRATION", "data": {"status": "pre-switchover"}}"#).await;
+    });
+    let (client, mut events) = server.connect().await.unwrap();
+    assert_eq!(client.greeting().version.to_string(), "10.0.2");
+    assert_eq!(client.greeting().version.package, "Debian");
+    assert!(client.greeting().oob);
+    let peer = client.peer().unwrap();
+    assert_eq!(peer.pid, i32::try_from(std::process::id()).ok());
+
+    client.execute(Stop).await.unwrap();
+    let stop = bounded(events.next()).await.unwrap();
+    assert_eq!(stop.kind(), EventKind::Stop);
+    assert_eq!(
+        (stop.timestamp.seconds, stop.timestamp.microseconds),
+        (1, 2)
+    );
+    let migration = bounded(events.next()).await.unwrap();
+    let status = MigrationStatus::PreSwitchover;
+    assert_eq!(migration.kind(), EventKind::Migration { status });
+    assert!(stop.received_at <= migration.received_at);
+    assert!(bounded(events.next()).await.is_none());
+    server.played().await;
+}
+
+#[tokio::test]
+async fn pipelines_and_takes_replies_in_any_order() {
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        assert_eq!(
+            peer.hear().await,
+            "{\"execute\":\"query-status\",\"id\":1}\n"
+        );
+        assert_eq!(
+            peer.hear().await,
+            "{\"execute\":\"query-target\",\"id\":2}\n"
+        );
+        assert_eq!(
+            peer.hear().await,
+            "{\"exec-oob\":\"query-yank\",\"id\":3}\n"
+        );
+        peer.say(r#"{"return": [], "id": 3}"#).await;
+        peer.say(r#"{"return": {"arch": "x86_64"}, "id": 2}"#).await;
+        peer.say(r#"{"return": {"status": "dreaming", "running": false}, "id": 1}"#)
+            .await;
+        peer.hear().await;
+    });
+    let (client, _events) = server.connect().await.unwrap();
+    let status = client.execute(QueryStatus);
+    let target = client.execute(&QueryTarget);
+    let yank = client.execute_oob(QueryYank);
+    let (status, target, yank) = bounded(async { tokio::join!(status, target, yank) }).await;
+    assert_eq!(status.unwrap().status.as_str(), "dreaming");
+    assert_eq!(target.unwrap().arch, "x86_64");
+    assert!(yank.unwrap().is_empty());
+    drop(client);
+    server.played().await;
+}
+
+#[tokio::test]
+async fn keeps_the_way_open_for_out_of_band_commands() {
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        for id in 1..=7 {
+            let line = format!("{{\"execute\":\"query-status\",\"id\":{id}}}\n");
+            assert_eq!(peer.hear().await, line);
+        }
+        assert_eq!(
+            peer.hear().await,
+            "{\"exec-oob\":\"query-yank\",\"id\":8}\n"
+        );
+        peer.say(r#"{"return": [], "id": 8}"#).await;
+        let status = r#""return": {"status": "running", "running": true}"#;
+        peer.say(&format!("{{{status}, \"id\": 1}}")).await;
+        assert_eq!(
+            peer.hear().await,
+            "{\"execute\":\"query-status\",\"id\":9}\n"
+        );
+        for id in (2..=7).chain([9]) {
+            peer.say(&format!("{{{status}, \"id\": {id}}}")).await;
+        }
+    });
+    let (client, _events) = server.connect().await.unwrap();
+    let all: Vec<_> = (0..8).map(|_| client.execute(QueryStatus)).collect();
+    bounded(client.execute_oob(QueryYank)).await.unwrap();
+    for status in all {
+        assert!(bounded(status).await.unwrap().running);
+    }
+    server.played().await;
+}
+
+#[tokio::test]
+async fn an_error_class_is_the_answer_of_one_command_alone() {
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        peer.hear().await;
+        peer.say(r#"{"id": 1, "error": {"class": "CommandNotFound", "desc": "no such thing"}}"#)
+            .await;
+        assert_eq!(
+            peer.hear().await,
+            "{\"execute\":\"do it\",\"id\":2,\"arguments\":{\"a\":[1]}}\n"
+        );
+        peer.say(r#"{"id": 2, "return": null}"#).await;
+    });
+    let (client, _events) = server.connect().await.unwrap();
+    let refused = client.execute_raw("nonsense", json!({})).await.unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "nonsense: no such thing (CommandNotFound)"
+    );
+    let Error::Class { class, .. } = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(class, ErrorClass::CommandNotFound);
+    let answer = client
+        .execute_raw("do it".to_owned(), json!({"a": [1]}))
+        .await;
+    assert_eq!(answer.unwrap(), json!(null));
+    server.played().await;
+}
+
+#[tokio::test]
+async fn a_reply_of_another_shape_is_the_error_of_one_command_alone() {
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        peer.hear().await;
+        peer.say(r#"{"id": 1, "return": {"status": 5}}"#).await;
+        peer.hear().await;
+        peer.say(r#"{"id": 2, "return": {}}"#).await;
+    });
+    let (client, _events) = server.connect().await.unwrap();
+    let answer = client.execute(QueryStatus).await;
+    assert!(
+        matches!(&answer, Err(Error::Reply { command, .. }) if command == "query-status"),
+        "{answer:?}"
+    );
+    client.execute(Cont).await.unwrap();
+    server.played().await;
+}
+
+#[tokio::test]
+async fn a_late_reply_is_not_taken_for_another() {
+    let (go, gone) = tokio::sync::oneshot::channel();
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        peer.hear().await;
+        gone.await.unwrap();
+        peer.say(r#"{"id": 1, "return": {}}"#).await;
+        peer.hear().await;
+        peer.say(r#"{"id": 2, "return": {"status": "paused", "running": false}}"#)
+            .await;
+    });
+    let (client, _events) = server.connect().await.unwrap();
+    let after = Duration::from_millis(30);
+    let late = client.execute_within(Stop, after).await;
+    assert!(
+        matches!(&late, Err(Error::TimedOut { command, after: bound }) if command == "stop" && *bound == after),
+        "{late:?}"
+    );
+    go.send(()).unwrap();
+    assert!(!bounded(client.execute(QueryStatus)).await.unwrap().running);
+    server.played().await;
+}
+
+#[tokio::test]
+async fn a_close_is_told_to_everyone() {
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        peer.hear().await;
+        peer.hear().await;
+        peer.say(r#"{"id": 1, "return": {}}"#).await;
+    });
+    let (client, mut events) = server.connect().await.unwrap();
+    let quit = client.execute(Quit);
+    let status = client.execute(QueryStatus);
+    bounded(quit).await.unwrap();
+    let closed = bounded(status).await;
+    assert!(
+        matches!(&closed, Err(Error::Closed { in_flight }) if in_flight[..] == ["query-status"]),
+        "{closed:?}"
+    );
+    assert!(bounded(events.next()).await.is_none());
+    assert!(matches!(client.ended(), Some(Error::Closed { .. })));
+    let after = bounded(client.execute(QueryStatus)).await;
+    assert!(matches!(after, Err(Error::Closed { .. })), "{after:?}");
+    server.played().await;
+}
+
+/// What the connection ends with when `line` comes while a command is in flight.
+async fn end_by(line: &'static str) -> Error {
+    let server = Server::play(move |mut peer| async move {
+        peer.greet().await;
+        peer.hear().await;
+        peer.say(line).await;
+        peer.hear().await;
+    });
+    let options = Options {
+        max_line: 1024,
+        ..Options::default()
+    };
+    let (client, mut events) = server.connect_with(&options).await.unwrap();
+    let error = bounded(client.execute(QueryStatus)).await.unwrap_err();
+    assert!(bounded(events.next()).await.is_none());
+    // The connection is closed though the client lives: the peer's last `hear` ended.
+    server.played().await;
+    error
+}
+
+#[tokio::test]
+async fn garbage_ends_the_connection() {
+    for line in [
+        "hello",
+        "{}",
+        "[]",
+        "{\"return\": {}, \"id\": \"1\"}",
+        "{\"return\": {}, \"error\": {\"class\": \"a\", \"desc\": \"b\"}, \"id\": 1}",
+        "{\"event\": \"STOP\"}",
+        GREETING,
+    ] {
+        let error = end_by(line).await;
+        assert!(matches!(error, Error::Garbage { .. }), "{line}: {error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_reply_that_nobody_asked_for_ends_the_connection() {
+    let error = end_by(r#"{"return": {}, "id": 77}"#).await;
+    assert!(
+        matches!(error, Error::StrayReply { id: Some(77), .. }),
+        "{error:?}"
+    );
+    let error = end_by(r#"{"error": {"class": "GenericError", "desc": "JSON parse error"}}"#).await;
+    assert!(
+        matches!(&error, Error::StrayReply { id: None, excerpt } if excerpt == "JSON parse error"),
+        "{error:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_line_that_is_too_long_ends_the_connection() {
+    let error = end_by(Box::leak("x".repeat(1025).into_boxed_str())).await;
+    assert!(
+        matches!(error, Error::LineTooLong { limit: 1024 }),
+        "{error:?}"
+    );
+}
+
+#[tokio::test]
+async fn silence_is_told_from_refusal() {
+    let server = Server::play(|mut peer| async move {
+        peer.hear().await;
+    });
+    let silent = server.connect_with(&short(50)).await.unwrap_err();
+    assert!(
+        silent
+            .to_string()
+            .contains("another client may hold the socket"),
+        "{silent}"
+    );
+    assert!(matches!(silent, Error::NoGreeting { .. }));
+    server.played().await;
+
+    let server = Server::play(|mut peer| async move {
+        peer.say(GREETING).await;
+        peer.hear().await;
+        assert_eq!(peer.hear().await, "");
+    });
+    let half = server.connect_with(&short(50)).await.unwrap_err();
+    assert!(
+        matches!(&half, Error::TimedOut { command, .. } if command == "qmp_capabilities"),
+        "{half:?}"
+    );
+    server.played().await;
+
+    let nowhere = Address::Unix("/nonexistent/qmp".into());
+    let refused = Client::connect(&nowhere, &Options::default()).await;
+    assert!(
+        matches!(&refused, Err(Error::Connect { source, .. }) if source.kind() == std::io::ErrorKind::NotFound),
+        "{refused:?}"
+    );
+}
+
+#[tokio::test]
+async fn another_protocol_is_told_by_its_first_words() {
+    for banner in ["SSH-2.0-OpenSSH_9.2", "{\"return\": {}}", STOP, "{"] {
+        let server = Server::play(move |mut peer| async move {
+            peer.say(banner).await;
+            peer.hear().await;
+        });
+        let error = server.connect().await.unwrap_err();
+        assert!(
+            matches!(&error, Error::NotQmp { excerpt } if excerpt == banner),
+            "{error:?}"
+        );
+        server.played().await;
+    }
+    let server = Server::play(|mut peer| async move {
+        peer.stream.write_all(b"(qemu) ").await.unwrap();
+    });
+    let error = server.connect().await.unwrap_err();
+    assert!(
+        matches!(&error, Error::NotQmp { excerpt } if excerpt == "(qemu) "),
+        "{error:?}"
+    );
+    server.played().await;
+}
+
+#[tokio::test]
+async fn a_close_before_the_greeting_is_a_close() {
+    let server = Server::play(|peer| async move { drop(peer) });
+    let error = server.connect().await.unwrap_err();
+    assert!(
+        matches!(&error, Error::Closed { in_flight } if in_flight.is_empty()),
+        "{error:?}"
+    );
+    server.played().await;
+}
+
+#[tokio::test]
+async fn a_queue_that_is_full_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qmp");
+    let socket = tokio::net::UnixSocket::new_stream().unwrap();
+    socket.bind(&path).unwrap();
+    let listener = socket.listen(0).unwrap();
+    // A queue of length 0 takes one: the next is turned away until somebody is accepted.
+    let first = UnixStream::connect(&path).await.unwrap();
+    let address = Address::Unix(path);
+    let turned_away = Client::connect(&address, &short(50)).await;
+    assert!(
+        matches!(&turned_away, Err(Error::NoGreeting { .. })),
+        "{turned_away:?}"
+    );
+    let options = Options::default();
+    let served = async {
+        drop((listener.accept().await.unwrap(), first));
+        let (stream, _) = listener.accept().await.unwrap();
+        let stream = BufReader::new(stream);
+        Script { stream }.greet().await;
+    };
+    let (connected, ()) =
+        bounded(async { tokio::join!(Client::connect(&address, &options), served) }).await;
+    connected.unwrap();
+}
+
+#[tokio::test]
+async fn out_of_band_needs_an_offer() {
+    let server = Server::play(|mut peer| async move {
+        peer.say(GREETING_NO_OOB).await;
+        assert_eq!(
+            peer.hear().await,
+            "{\"execute\":\"qmp_capabilities\",\"id\":0}\n"
+        );
+        peer.say(r#"{"return": {}, "id": 0}"#).await;
+        peer.hear().await;
+    });
+    let (client, _events) = server.connect().await.unwrap();
+    assert!(!client.greeting().oob);
+    let refused = client.execute_oob(QueryYank).await;
+    assert!(
+        matches!(&refused, Err(Error::NoOutOfBand { command }) if command == "query-yank"),
+        "{refused:?}"
+    );
+    drop(client);
+    server.played().await;
+}
+
+#[tokio::test]
+async fn unread_events_are_bounded_and_their_loss_is_told() {
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        let noise = STOP.replace("STOP", "RTC_CHANGE");
+        for _ in 0..4000 {
+            peer.say(&noise).await;
+        }
+        peer.say(STOP).await;
+        peer.hear().await;
+        peer.say(r#"{"return": {}, "id": 1}"#).await;
+        peer.hear().await;
+        // More of what must not be lost than is ever kept: the client hangs up in the middle.
+        let flood = format!("{STOP}\r\n").repeat(8000);
+        let _ = peer.stream.write_all(flood.as_bytes()).await;
+    });
+    let (client, mut events) = server.connect().await.unwrap();
+    bounded(client.execute(Cont)).await.unwrap();
+    let dropped = events.dropped();
+    assert!(dropped > 0);
+    for _ in dropped..4000 {
+        assert_eq!(bounded(events.next()).await.unwrap().name, "RTC_CHANGE");
+    }
+    assert_eq!(bounded(events.next()).await.unwrap().name, "STOP");
+
+    let end = bounded(client.execute(Cont)).await;
+    assert!(matches!(end, Err(Error::EventsUnread { .. })), "{end:?}");
+    let mut read = 0;
+    while let Some(event) = bounded(events.next()).await {
+        assert_eq!(event.name, "STOP");
+        read += 1;
+    }
+    assert!(read > 1000, "{read}");
+    server.played().await;
+}
+
+#[tokio::test]
+async fn events_that_nobody_wants_cost_nothing() {
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        peer.hear().await;
+        let flood = format!("{STOP}\r\n").repeat(8000);
+        peer.stream.write_all(flood.as_bytes()).await.unwrap();
+        peer.say(r#"{"return": {}, "id": 1}"#).await;
+    });
+    let (client, events) = server.connect().await.unwrap();
+    drop(events);
+    bounded(client.execute(Cont)).await.unwrap();
+    server.played().await;
+}
+
+#[tokio::test]
+async fn tcp_has_no_peer_credentials() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("tcp:{}", listener.local_addr().unwrap());
+    let served = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let words = format!("{GREETING}\r\n{{\"return\": {{}}, \"id\": 0}}\r\n");
+        stream.write_all(words.as_bytes()).await.unwrap();
+        stream
+    };
+    let address = address.parse().unwrap();
+    let options = Options::default();
+    let (connected, _stream) =
+        bounded(async { tokio::join!(Client::connect(&address, &options), served) }).await;
+    let (client, _events) = connected.unwrap();
+    assert_eq!(client.peer(), None);
+    assert_eq!(client.address(), &address);
+}
