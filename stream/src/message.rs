@@ -252,6 +252,8 @@ pub enum Message {
         /// The bytes: at least one, at most [`MAX_STATE_CHUNK`](crate::limits::MAX_STATE_CHUNK).
         bytes: Bytes,
     },
+    /// S→T. The guest is paused: device state that follows must not be loaded before RAM is complete.
+    Paused,
     /// T→S. The round's end came on every page lane, and all its pages are checked and in place.
     RoundDone {
         /// The round.
@@ -299,4 +301,28 @@ pub enum Message {
         /// Why, for people; at most [`MAX_TEXT`](crate::limits::MAX_TEXT) bytes.
         text: String,
     },
+}
+
+impl Message {
+    /// The message's kind, for errors and logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "Hello",
+            Self::Welcome(_) => "Welcome",
+            Self::Prepared => "Prepared",
+            Self::State { .. } => "State",
+            Self::Paused => "Paused",
+            Self::RoundDone { .. } => "RoundDone",
+            Self::Complete { .. } => "Complete",
+            Self::Ready => "Ready",
+            Self::Go { .. } => "Go",
+            Self::Running => "Running",
+            Self::Returned { .. } => "Returned",
+            Self::Finished => "Finished",
+            Self::Ping => "Ping",
+            Self::Inquire => "Inquire",
+            Self::Answer(_) => "Answer",
+            Self::Abort { .. } => "Abort",
+        }
+    }
 }

@@ -1,4 +1,9 @@
 //! The pure core: no I/O, no clock, no unsafe code.
 
+pub mod converge;
 pub mod layout;
+pub mod message;
+pub mod meter;
 pub mod pageset;
+pub mod source;
+pub mod target;

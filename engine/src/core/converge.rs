@@ -1,0 +1,180 @@
+//! When to stop the guest.
+//!
+//! A round sends what the last one left dirty, and the guest dirties more while it lasts. Precopy
+//! converges when each round leaves less than the one before. The rule is asked after every
+//! collection, when what is dirty is known exactly, and within long rounds.
+
+use std::time::Duration;
+
+use crate::core::layout::PAGE_SIZE;
+use crate::core::meter::RoundReport;
+
+/// What a rule has to go by.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct View<'a> {
+    /// The rounds that are over, oldest first.
+    pub rounds: &'a [RoundReport],
+    /// Pages that would have to be sent if the guest were stopped now.
+    pub dirty_pages: u64,
+    /// What the link carries, in bytes a second; never 0.
+    pub rate_bytes_per_s: u64,
+    /// What the guest writes, in bytes a second.
+    pub dirty_bytes_per_s: u64,
+    /// What a switchover with nothing dirty costs: pause, device state both ways, final scan.
+    pub floor: Duration,
+    /// The downtime limit.
+    pub limit: Duration,
+}
+
+impl View<'_> {
+    /// The blackout if the guest were stopped now: the floor, and the dirty pages at the link's rate.
+    pub fn predicted(&self) -> Duration {
+        self.floor.saturating_add(self.transfer(self.dirty_pages))
+    }
+
+    /// Time to send `pages` pages at the link's rate.
+    pub fn transfer(&self, pages: u64) -> Duration {
+        let bytes = u128::from(pages) * PAGE_SIZE as u128;
+        let nanos = bytes * 1_000_000_000 / u128::from(self.rate_bytes_per_s.max(1));
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+    }
+
+    /// The limit that counts: never below what an empty switchover costs.
+    pub fn effective_limit(&self) -> Duration {
+        self.limit.max(self.floor.saturating_add(LEAST_TRANSFER))
+    }
+}
+
+/// The least time for pages that a limit leaves above the floor: some pages are always dirty.
+const LEAST_TRANSFER: Duration = Duration::from_millis(1);
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// Another round.
+    Continue,
+    /// Stop the guest and finish.
+    Stop,
+    /// Give up: the guest is kept.
+    GiveUp,
+}
+
+/// A convergence rule.
+pub trait Converge: Send {
+    /// Decides. Called after every collection, with the guest running.
+    fn decide(&mut self, view: &View<'_>) -> Verdict;
+}
+
+/// The default rule: stops when the predicted blackout fits the downtime limit, but not while a
+/// further round costs little and would still cut it; gives up when rounds no longer shrink.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DowntimeLimit {
+    /// The least dirty set so far.
+    best: Option<u64>,
+    /// Rounds in a row that did not improve on it.
+    stalled: u32,
+}
+
+/// A round "shrinks" when it leaves less than this part of the best so far, in percent.
+const SHRINK_PERCENT: u64 = 90;
+
+/// Rounds in a row that do not shrink before the rule gives up: enough for a burst to pass.
+const PATIENCE: u32 = 12;
+
+/// When what is left takes less than this part of the floor to send, a further round gains nothing
+/// that the guest would notice.
+const NEGLIGIBLE: u32 = 16;
+
+impl Converge for DowntimeLimit {
+    fn decide(&mut self, view: &View<'_>) -> Verdict {
+        let shrinks = self
+            .best
+            .is_none_or(|best| view.dirty_pages * 100 < best * SHRINK_PERCENT);
+        if shrinks {
+            self.best = Some(view.dirty_pages);
+            self.stalled = 0;
+        } else {
+            self.stalled += 1;
+        }
+        let fits = view.predicted() <= view.effective_limit();
+        let negligible = view.transfer(view.dirty_pages) <= view.floor / NEGLIGIBLE;
+        if fits && (negligible || !shrinks) {
+            Verdict::Stop
+        } else if !fits && self.stalled > PATIENCE {
+            Verdict::GiveUp
+        } else {
+            Verdict::Continue
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB_PER_S: u64 = 1 << 20;
+
+    fn view(dirty_pages: u64) -> View<'static> {
+        View {
+            rounds: &[],
+            dirty_pages,
+            rate_bytes_per_s: 100 * MIB_PER_S,
+            dirty_bytes_per_s: 0,
+            floor: Duration::from_millis(10),
+            limit: Duration::from_millis(50),
+        }
+    }
+
+    #[test]
+    fn predicts_floor_and_transfer() {
+        // 2560 pages are 10 MiB: 100 ms at 100 MiB/s.
+        assert_eq!(view(2560).predicted(), Duration::from_millis(110));
+    }
+
+    #[test]
+    fn goes_on_while_a_round_still_helps_then_stops() {
+        let mut rule = DowntimeLimit::default();
+        assert_eq!(rule.decide(&view(10_000)), Verdict::Continue);
+        assert_eq!(
+            rule.decide(&view(500)),
+            Verdict::Continue,
+            "fits, but shrinks fast"
+        );
+        assert_eq!(
+            rule.decide(&view(490)),
+            Verdict::Stop,
+            "fits, and shrinks no more"
+        );
+    }
+
+    #[test]
+    fn stops_at_once_when_hardly_anything_is_dirty() {
+        assert_eq!(DowntimeLimit::default().decide(&view(5)), Verdict::Stop);
+    }
+
+    #[test]
+    fn gives_up_when_rounds_do_not_shrink() {
+        let mut rule = DowntimeLimit::default();
+        let verdicts: Vec<_> = (0..=PATIENCE + 1)
+            .map(|_| rule.decide(&view(10_000)))
+            .collect();
+        assert_eq!(verdicts.last(), Some(&Verdict::GiveUp));
+        assert!(
+            verdicts[..verdicts.len() - 1]
+                .iter()
+                .all(|verdict| *verdict == Verdict::Continue)
+        );
+    }
+
+    #[test]
+    fn a_limit_below_the_floor_counts_as_the_floor() {
+        let low = View {
+            limit: Duration::from_millis(1),
+            ..view(1)
+        };
+        assert_eq!(low.effective_limit(), Duration::from_millis(11));
+        assert_eq!(DowntimeLimit::default().decide(&low), Verdict::Stop);
+    }
+}

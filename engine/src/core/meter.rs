@@ -1,0 +1,306 @@
+//! What a migration has cost so far: rounds, rates, the report.
+
+use std::time::Duration;
+
+use ferry_stream::message::Round;
+
+use crate::core::layout::PAGE_SIZE;
+use crate::core::message::{LaneTotals, Moment, Phase};
+
+/// Rounds shorter than this in bytes measure latency and not the link; they do not count as a rate.
+const RATE_SAMPLE_BYTES: u64 = 1 << 20;
+
+/// What is assumed of a link before anything was measured, in bytes a second: 1 Gbit/s.
+const ASSUMED_RATE: u64 = 125_000_000;
+
+/// One round, as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoundReport {
+    /// Which.
+    pub round: Round,
+    /// Pages to send at its beginning.
+    pub dirty_pages: u64,
+    /// Pages told to the target.
+    pub pages: u64,
+    /// Pages found to be zero.
+    pub zero_pages: u64,
+    /// Bytes on the wire.
+    pub bytes: u64,
+    /// From its first page to the target's word that all are in place.
+    pub took: Duration,
+    /// What the guest wrote while it lasted, in bytes a second; known after the next collection.
+    pub dirty_bytes_per_s: u64,
+}
+
+/// The figures of a migration, in the source's view.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// From the start to the end.
+    pub total: Duration,
+    /// From the start to the first page.
+    pub setup: Duration,
+    /// From the guest's last instruction here to the target's word that it runs: an upper bound of
+    /// the blackout. `None` when it did not move.
+    pub downtime: Option<Duration>,
+    /// Bytes on the page lanes, and of device state.
+    pub bytes_wire: u64,
+    /// Pages found to be zero.
+    pub zero_pages: u64,
+    /// Every round.
+    pub rounds: Vec<RoundReport>,
+}
+
+impl Report {
+    /// Bytes a second over all rounds, as they lasted.
+    pub fn throughput_bytes_per_s(&self) -> u64 {
+        let took: Duration = self.rounds.iter().map(|round| round.took).sum();
+        per_second(self.rounds.iter().map(|round| round.bytes).sum(), took).unwrap_or(0)
+    }
+
+    /// What the guest wrote, at the last measurement, in bytes a second.
+    pub fn dirty_bytes_per_s(&self) -> u64 {
+        self.rounds
+            .iter()
+            .rev()
+            .map(|round| round.dirty_bytes_per_s)
+            .find(|rate| *rate > 0)
+            .unwrap_or(0)
+    }
+}
+
+/// A look at a running migration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// What is going on.
+    pub phase: Phase,
+    /// The round at work; 0 before the first.
+    pub round: u32,
+    /// Time since the start.
+    pub elapsed: Duration,
+    /// Bytes of guest RAM dealt with in this round.
+    pub done_bytes: u64,
+    /// Bytes of guest RAM still to send in this round.
+    pub remaining_bytes: u64,
+    /// Bytes on the wire so far.
+    pub bytes_wire: u64,
+    /// What the link carries, in bytes a second.
+    pub rate_bytes_per_s: u64,
+    /// What the guest writes, in bytes a second.
+    pub dirty_bytes_per_s: u64,
+    /// The blackout if the guest were stopped now; `None` before the first round is over.
+    pub predicted_blackout: Option<Duration>,
+    /// Time to the end of this round at the present rate.
+    pub left: Option<Duration>,
+}
+
+impl Progress {
+    /// How much of this round is done, 0 to 100.
+    pub fn percent(&self) -> u8 {
+        let all = self.done_bytes + self.remaining_bytes;
+        let percent = self
+            .done_bytes
+            .saturating_mul(100)
+            .checked_div(all)
+            .unwrap_or(100);
+        u8::try_from(percent).unwrap_or(100)
+    }
+}
+
+/// Counts rounds and keeps rates.
+#[derive(Debug, Default)]
+pub(crate) struct Meter {
+    rounds: Vec<RoundReport>,
+    open: Option<OpenRound>,
+    totals: LaneTotals,
+    rate: Option<u64>,
+    collected_at: Option<Moment>,
+    first_page: Option<Moment>,
+    stopped: Option<Moment>,
+    runs: Option<Moment>,
+    state_bytes: u64,
+}
+
+#[derive(Debug)]
+struct OpenRound {
+    round: Round,
+    dirty_pages: u64,
+    began: Moment,
+    before: LaneTotals,
+}
+
+impl Meter {
+    pub(crate) fn begin_round(&mut self, now: Moment, round: Round, dirty_pages: u64) {
+        self.first_page.get_or_insert(now);
+        self.open = Some(OpenRound {
+            round,
+            dirty_pages,
+            began: now,
+            before: self.totals,
+        });
+    }
+
+    pub(crate) fn sent(&mut self, totals: LaneTotals) {
+        self.totals = totals;
+    }
+
+    pub(crate) fn end_round(&mut self, now: Moment, totals: LaneTotals) {
+        self.totals = totals;
+        let Some(open) = self.open.take() else { return };
+        let took = now.since(open.began);
+        let bytes = totals.bytes - open.before.bytes;
+        if bytes >= RATE_SAMPLE_BYTES {
+            self.rate = per_second(bytes, took);
+        }
+        self.rounds.push(RoundReport {
+            round: open.round,
+            dirty_pages: open.dirty_pages,
+            pages: totals.pages - open.before.pages,
+            zero_pages: totals.zero_pages - open.before.zero_pages,
+            bytes,
+            took,
+            dirty_bytes_per_s: 0,
+        });
+    }
+
+    /// Notes a collection that found `pages`, written since the one before.
+    pub(crate) fn collected(&mut self, now: Moment, pages: u64) {
+        let since = self.collected_at.replace(now).map(|at| now.since(at));
+        let rate = since.and_then(|since| per_second(pages * PAGE_SIZE as u64, since));
+        if let (Some(rate), Some(round)) = (rate, self.rounds.last_mut()) {
+            round.dirty_bytes_per_s = rate;
+        }
+    }
+
+    /// Tracking begins: the first collection counts from here.
+    pub(crate) fn tracking(&mut self, now: Moment) {
+        self.collected_at = Some(now);
+    }
+
+    pub(crate) fn stopped(&mut self, at: Moment) {
+        self.stopped.get_or_insert(at);
+    }
+
+    pub(crate) fn went_on(&mut self) {
+        self.stopped = None;
+    }
+
+    pub(crate) fn runs(&mut self, at: Moment) {
+        self.runs.get_or_insert(at);
+    }
+
+    pub(crate) fn state(&mut self, bytes: u64) {
+        self.state_bytes = bytes;
+    }
+
+    pub(crate) fn rounds(&self) -> &[RoundReport] {
+        &self.rounds
+    }
+
+    /// What the link carries in bytes a second: measured over the last round that was long enough,
+    /// within a first round over what has been sent of it.
+    pub(crate) fn rate(&self, now: Moment) -> u64 {
+        let within = self.open.as_ref().and_then(|open| {
+            let bytes = self.totals.bytes - open.before.bytes;
+            (bytes >= RATE_SAMPLE_BYTES).then(|| per_second(bytes, now.since(open.began)))?
+        });
+        within.or(self.rate).unwrap_or(ASSUMED_RATE).max(1)
+    }
+
+    pub(crate) fn dirty_rate(&self) -> u64 {
+        self.rounds
+            .last()
+            .map_or(0, |round| round.dirty_bytes_per_s)
+    }
+
+    /// Pages of the open round that were dealt with, and all pages of it.
+    pub(crate) fn open_pages(&self) -> (u64, u64) {
+        self.open.as_ref().map_or((0, 0), |open| {
+            let dealt = |totals: &LaneTotals| totals.pages + totals.skipped_pages;
+            (dealt(&self.totals) - dealt(&open.before), open.dirty_pages)
+        })
+    }
+
+    pub(crate) fn bytes_wire(&self) -> u64 {
+        self.totals.bytes + self.state_bytes
+    }
+
+    pub(crate) fn report(&self, now: Moment) -> Report {
+        Report {
+            total: now.0,
+            setup: self.first_page.unwrap_or(now).0,
+            downtime: self
+                .stopped
+                .zip(self.runs)
+                .map(|(stopped, runs)| runs.since(stopped)),
+            bytes_wire: self.bytes_wire(),
+            zero_pages: self.totals.zero_pages,
+            rounds: self.rounds.clone(),
+        }
+    }
+}
+
+/// `amount` a second, when it took any time at all.
+fn per_second(amount: u64, took: Duration) -> Option<u64> {
+    let nanos = took.as_nanos();
+    (nanos > 0).then(|| {
+        let rate = u128::from(amount) * 1_000_000_000 / nanos;
+        u64::try_from(rate).unwrap_or(u64::MAX)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(ms: u64) -> Moment {
+        Moment(Duration::from_millis(ms))
+    }
+
+    #[test]
+    fn a_round_tells_its_own_share() {
+        let mut meter = Meter::default();
+        meter.tracking(ms(5));
+        meter.begin_round(ms(10), Round(1), 1000);
+        let first = LaneTotals {
+            pages: 900,
+            zero_pages: 100,
+            skipped_pages: 100,
+            bytes: 4 << 20,
+        };
+        meter.end_round(ms(1010), first);
+        meter.collected(ms(1005), 10);
+        meter.begin_round(ms(1011), Round(2), 10);
+        meter.end_round(
+            ms(1012),
+            LaneTotals {
+                pages: 910,
+                bytes: (4 << 20) + 100,
+                ..first
+            },
+        );
+        let report = meter.report(ms(1013));
+        assert_eq!(report.rounds[0].pages, 900);
+        assert_eq!(report.rounds[0].dirty_bytes_per_s, 40_960);
+        assert_eq!(report.rounds[1].pages, 10);
+        assert_eq!(report.rounds[1].zero_pages, 0);
+        assert_eq!(report.setup, Duration::from_millis(10));
+        assert_eq!(
+            meter.rate(ms(1013)),
+            4 << 20,
+            "a short round does not measure the link"
+        );
+    }
+
+    #[test]
+    fn downtime_needs_both_ends() {
+        let mut meter = Meter::default();
+        meter.stopped(ms(100));
+        assert_eq!(meter.report(ms(200)).downtime, None);
+        meter.runs(ms(130));
+        assert_eq!(
+            meter.report(ms(200)).downtime,
+            Some(Duration::from_millis(30))
+        );
+    }
+}

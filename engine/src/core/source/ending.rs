@@ -1,0 +1,148 @@
+//! The two ways out: the guest has moved, or everything is put back.
+
+use ferry_stream::message::Message;
+
+use super::{Link, Shared, State};
+use crate::core::message::{
+    Action, Failure, GuestLeft, Input, Notice, Outcome, Reason, Record, Step,
+};
+
+/// The guest runs at the target. What is left here is cleaned up.
+#[derive(Default)]
+pub(super) struct Leaving {
+    journaled: bool,
+    retired: bool,
+    tracking_stopped: bool,
+}
+
+impl Shared {
+    pub(super) fn leave(&mut self) -> State {
+        self.meter.runs(self.now);
+        self.unbound();
+        self.send(Message::Finished);
+        self.actions.push_back(Action::Journal(Record::Moved));
+        self.actions.push_back(Action::CloseLanes);
+        self.actions.push_back(Action::StopTracking);
+        self.actions.push_back(Action::Retire);
+        State::Leaving(Leaving::default())
+    }
+}
+
+impl Leaving {
+    pub(super) fn handle(mut self, shared: &mut Shared, input: &Input) -> State {
+        match input {
+            Input::Journaled(Record::Moved) => self.journaled = true,
+            Input::Retired => self.retired = true,
+            Input::TrackingStopped => self.tracking_stopped = true,
+            // Nothing that comes late can change where the guest is.
+            _ => {}
+        }
+        self.advance(shared)
+    }
+
+    /// Whatever fails now is left over, and told; the guest has moved.
+    pub(super) fn trouble(mut self, shared: &mut Shared, reason: &Reason) -> State {
+        let Reason::Failed(failure) = reason else {
+            return State::Leaving(self);
+        };
+        match failure.step {
+            Step::Journal => self.journaled = true,
+            Step::Retire => self.retired = true,
+            Step::StopTracking => self.tracking_stopped = true,
+            _ => return State::Leaving(self),
+        }
+        shared.tell_leftover(failure);
+        self.advance(shared)
+    }
+
+    fn advance(self, shared: &mut Shared) -> State {
+        if self.journaled && self.retired && self.tracking_stopped {
+            return shared.finish(Outcome::Moved);
+        }
+        State::Leaving(self)
+    }
+}
+
+/// The guest stays. The VMM is put back as it was.
+pub(super) struct Undoing {
+    reason: Reason,
+    undone: Option<GuestLeft>,
+    tracking_stopped: bool,
+}
+
+impl Shared {
+    pub(super) fn undo(&mut self, reason: Reason) -> State {
+        self.unbound();
+        self.timeout = None;
+        self.send(Message::Abort {
+            code: reason.abort_code(),
+            text: reason.to_string(),
+        });
+        self.link = Link::Down;
+        self.actions.push_back(Action::Undo { guest: self.wanted });
+        self.actions.push_back(Action::CloseLanes);
+        self.actions.push_back(Action::StopTracking);
+        State::Undoing(Undoing {
+            reason,
+            undone: None,
+            tracking_stopped: false,
+        })
+    }
+
+    fn tell_leftover(&mut self, failure: &Failure) {
+        self.tell(Notice::Leftover(format!("{failure}: {}", failure.source)));
+    }
+}
+
+impl Undoing {
+    pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
+        match input {
+            Input::Undone(result) => {
+                self.undone = Some(result.map_or_else(GuestLeft::Damaged, GuestLeft::As));
+            }
+            Input::TrackingStopped => self.tracking_stopped = true,
+            Input::Journaled(Record::Kept) => return self.finish(shared),
+            // Late facts of orders given before.
+            _ => return State::Undoing(self),
+        }
+        self.advance(shared)
+    }
+
+    pub(super) fn trouble(mut self, shared: &mut Shared, reason: &Reason) -> State {
+        let Reason::Failed(failure) = reason else {
+            return State::Undoing(self);
+        };
+        match failure.step {
+            Step::StopTracking => {
+                shared.tell_leftover(failure);
+                self.tracking_stopped = true;
+                self.advance(shared)
+            }
+            Step::Journal if self.is_put_back() => {
+                shared.tell_leftover(failure);
+                self.finish(shared)
+            }
+            // Orders given before that fail because everything is being taken down.
+            _ => State::Undoing(self),
+        }
+    }
+
+    fn is_put_back(&self) -> bool {
+        self.undone.is_some() && self.tracking_stopped
+    }
+
+    fn advance(self, shared: &mut Shared) -> State {
+        if self.is_put_back() {
+            shared.actions.push_back(Action::Journal(Record::Kept));
+        }
+        State::Undoing(self)
+    }
+
+    fn finish(self, shared: &mut Shared) -> State {
+        let guest = self.undone.unwrap_or(GuestLeft::Untouched);
+        shared.finish(Outcome::Kept {
+            reason: self.reason,
+            guest,
+        })
+    }
+}

@@ -1,0 +1,257 @@
+//! From the greeting to the order to stop: the guest is here, and nothing is lost by giving up.
+
+use ferry_stream::message::{Features, Message, Mode, Versions, Welcome};
+
+use super::{InFlight, Settled, Shared, State};
+use crate::core::converge::{Verdict, View};
+use crate::core::layout::PAGE_SIZE;
+use crate::core::message::{Action, Input, Moment, Notice, Phase, Reason, Record};
+use crate::core::meter::Progress;
+use crate::core::pageset::PageSet;
+use crate::vmm::{PauseFor, Rearm};
+
+/// Both sides get ready: the journal, the lanes and device state here, RAM there.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "four facts, each awaited, in any order"
+)]
+#[derive(Default)]
+pub(super) struct Preparing {
+    journaled: bool,
+    lanes_open: bool,
+    state_open: bool,
+    prepared: bool,
+}
+
+impl Shared {
+    pub(super) fn greeted(&mut self, input: Input) -> State {
+        match input {
+            Input::Received(Message::Welcome(welcome)) => self.welcomed(welcome),
+            input => self.unexpected(State::Greeting, &input),
+        }
+    }
+
+    fn welcomed(&mut self, welcome: Welcome) -> State {
+        let ours = Versions::OURS;
+        if !(ours.lowest..=ours.highest).contains(&welcome.version) {
+            let reason = Reason::Version {
+                lowest: welcome.version,
+                highest: welcome.version,
+            };
+            return self.refuse(reason);
+        }
+        let lanes_fit = (1..=self.config.lanes).contains(&welcome.lanes);
+        if !lanes_fit || !Features::NONE.contains(welcome.features) {
+            let what = "a welcome with more than was offered";
+            return self.refuse(Reason::Protocol {
+                what,
+                phase: Phase::Greeting,
+            });
+        }
+        self.actions.push_back(Action::Journal(Record::Migrating));
+        self.actions.push_back(Action::OpenLanes {
+            lanes: welcome.lanes,
+        });
+        self.actions.push_back(Action::OpenState);
+        self.bound(self.config.limits.preparing);
+        State::Preparing(Preparing::default())
+    }
+}
+
+impl Preparing {
+    pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
+        match input {
+            Input::Journaled(Record::Migrating) => self.journaled = true,
+            Input::LanesOpen => self.lanes_open = true,
+            Input::StateOpen => self.state_open = true,
+            Input::Received(Message::Prepared) if !self.prepared => self.prepared = true,
+            input => return shared.unexpected(State::Preparing(self), &input),
+        }
+        if self.journaled && self.lanes_open && self.state_open && self.prepared {
+            shared.track()
+        } else {
+            State::Preparing(self)
+        }
+    }
+}
+
+/// Tracking begins, and what is populated is listed.
+pub(super) struct Arming;
+
+impl Arming {
+    pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
+        match input {
+            Input::Tracking { populated } => shared.begin_copy(populated),
+            input => shared.unexpected(State::Arming(self), &input),
+        }
+    }
+}
+
+/// A move without `--live`: the guest is being paused before the first round.
+pub(super) struct Holding {
+    populated: PageSet,
+}
+
+impl Shared {
+    /// Both sides are ready. Only now does tracking begin: until here the guest runs as ever.
+    fn track(&mut self) -> State {
+        let into = self.blank_set();
+        self.actions.push_back(Action::StartTracking { into });
+        State::Arming(Arming)
+    }
+
+    fn begin_copy(&mut self, populated: PageSet) -> State {
+        self.meter.tracking(self.now);
+        match self.config.mode {
+            Mode::Live => self.first_round(populated),
+            Mode::Paused => {
+                self.order_hold();
+                self.bound(self.config.limits.stopping);
+                State::Holding(Holding { populated })
+            }
+        }
+    }
+
+    fn first_round(&mut self, populated: PageSet) -> State {
+        self.unbound();
+        self.order_flush();
+        State::Copying(Copying {
+            in_flight: self.copy(populated),
+        })
+    }
+
+    /// Keeps dirty caches of disk images small, so that the pause finds nothing to write.
+    fn order_flush(&mut self) {
+        if !self.flushing {
+            self.flushing = true;
+            self.actions.push_back(Action::Flush);
+        }
+    }
+}
+
+impl Holding {
+    pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
+        match input {
+            Input::Paused { at } => {
+                shared.hold(at);
+                shared.first_round(self.populated)
+            }
+            input => shared.unexpected(State::Holding(self), &input),
+        }
+    }
+}
+
+/// A round is on its way.
+pub(super) struct Copying {
+    in_flight: InFlight,
+}
+
+impl Copying {
+    pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
+        match self.in_flight.note(shared, input) {
+            Settled::NotYet => State::Copying(self),
+            Settled::Unrelated(input) => shared.unexpected(State::Copying(self), &input),
+            Settled::Wrong(reason) => shared.undo(reason),
+            Settled::Done => {
+                shared.collect(Rearm::Yes);
+                State::Collecting(Collecting)
+            }
+        }
+    }
+}
+
+/// What was written during the last round is being collected.
+pub(super) struct Collecting;
+
+impl Collecting {
+    pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
+        match input {
+            Input::Collected { found } => shared.decide(found),
+            input => shared.unexpected(State::Collecting(self), &input),
+        }
+    }
+}
+
+impl Shared {
+    fn decide(&mut self, dirty: PageSet) -> State {
+        self.meter.collected(self.now, dirty.len());
+        if self.held.is_some() {
+            return self.stop(dirty);
+        }
+        self.tell_floor();
+        match self.verdict(dirty.len()) {
+            // A flush that is still going on would be waited for inside the blackout.
+            Verdict::Stop if !self.flushing => self.stop(dirty),
+            Verdict::GiveUp if self.timeout.is_none() => {
+                let reason = self.not_converging(dirty.len());
+                self.undo(reason)
+            }
+            Verdict::Stop | Verdict::GiveUp | Verdict::Continue => {
+                self.order_flush();
+                State::Copying(Copying {
+                    in_flight: self.copy(dirty),
+                })
+            }
+        }
+    }
+
+    fn verdict(&mut self, dirty_pages: u64) -> Verdict {
+        let view = View {
+            rounds: self.meter.rounds(),
+            dirty_pages,
+            rate_bytes_per_s: self.meter.rate(self.now),
+            dirty_bytes_per_s: self.meter.dirty_rate(),
+            floor: self.config.switchover_floor,
+            limit: self.config.downtime_limit,
+        };
+        self.converge.decide(&view)
+    }
+
+    fn tell_floor(&mut self) {
+        let view = self.view(0);
+        let (limit, floor) = (view.limit, view.effective_limit());
+        if floor > limit && !self.floor_told {
+            self.floor_told = true;
+            self.tell(Notice::LimitBelowFloor { limit, floor });
+        }
+    }
+
+    fn not_converging(&self, dirty_pages: u64) -> Reason {
+        let view = self.view(dirty_pages);
+        let ms = |span: std::time::Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
+        Reason::NotConverging {
+            predicted_ms: ms(view.predicted()),
+            limit_ms: ms(view.effective_limit()),
+            dirty_bytes_per_s: view.dirty_bytes_per_s,
+            link_bytes_per_s: view.rate_bytes_per_s,
+        }
+    }
+
+    /// Stops the guest with `dirty` still to send.
+    fn stop(&mut self, dirty: PageSet) -> State {
+        self.timeout = None;
+        self.actions.push_back(Action::Pause(PauseFor::Switchover));
+        self.bound(self.config.limits.stopping);
+        State::Stopping(super::Stopping { dirty })
+    }
+
+    pub(super) fn progress(&self, now: Moment, phase: Phase) -> Progress {
+        let (done, all) = self.meter.open_pages();
+        let bytes = |pages: u64| pages * PAGE_SIZE as u64;
+        let remaining = all.saturating_sub(done);
+        let view = self.view(remaining);
+        let measured = !self.meter.rounds().is_empty();
+        Progress {
+            phase,
+            round: self.round.0,
+            elapsed: now.0,
+            done_bytes: bytes(done),
+            remaining_bytes: bytes(remaining),
+            bytes_wire: self.meter.bytes_wire(),
+            rate_bytes_per_s: self.meter.rate(now),
+            dirty_bytes_per_s: self.meter.dirty_rate(),
+            predicted_blackout: measured.then(|| view.predicted()),
+            left: (all > 0).then(|| view.transfer(remaining)),
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! From the order to stop to the target's word: the guest stands still, and then has a new owner.
+//!
+//! The order of what happens here is law. The guest is paused and its I/O has landed; its state is
+//! saved, which may still write RAM; only then the last collection. The target says Ready with
+//! everything loaded; the journal says given, durably; then, and never before, Go.
+
+use ferry_stream::message::{Message, Verdict};
+
+use super::{InFlight, Settled, Shared, State};
+use crate::core::message::{
+    Action, Failure, Input, Moment, Notice, Outcome, Reason, Record, Step, run_order,
+};
+use crate::core::pageset::PageSet;
+use crate::vmm::{Inventory, Rearm};
+
+/// The guest is being paused.
+pub(super) struct Stopping {
+    /// Collected before the pause, not sent yet.
+    pub(super) dirty: PageSet,
+}
+
+impl Stopping {
+    pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
+        match input {
+            Input::Paused { at } => shared.drain(self.dirty, at),
+            input => shared.unexpected(State::Stopping(self), &input),
+        }
+    }
+}
+
+impl Shared {
+    fn drain(&mut self, dirty: PageSet, stopped: Moment) -> State {
+        self.meter.stopped(self.held.unwrap_or(stopped));
+        self.send(Message::Paused);
+        self.actions.push_back(Action::Inventory);
+        self.collect(Rearm::Yes);
+        self.bound(self.config.limits.draining);
+        State::Draining(Draining {
+            left: Left::Collecting(dirty),
+            inventoried: false,
+            saved: None,
+        })
+    }
+}
+
+/// The guest stands. Two things go on side by side: the pages it left dirty are collected and sent,
+/// and its device state is saved. When both are done, what the saving wrote is collected.
+pub(super) struct Draining {
+    left: Left,
+    inventoried: bool,
+    saved: Option<Saved>,
+}
+
+/// The device state, as saved.
+#[derive(Clone, Copy)]
+struct Saved {
+    bytes: u64,
+    crc: u32,
+}
+
+/// How far the pages are that the guest left dirty.
+enum Left {
+    /// Being collected; these were collected before the pause.
+    Collecting(PageSet),
+    /// On their way.
+    Sending(InFlight),
+    /// In place.
+    Placed,
+    /// Being collected a last time, after the state was saved.
+    LastCollecting,
+}
+
+impl Draining {
+    pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
+        match (input, &mut self.left) {
+            (Input::Inventoried(now), _) if !self.inventoried => return self.compare(shared, &now),
+            (Input::Saved { bytes, crc }, _) if self.saved.is_none() => {
+                self.saved = Some(Saved { bytes, crc });
+                shared.meter.state(bytes);
+            }
+            (Input::Collected { mut found }, Left::Collecting(before)) => {
+                found.union(before);
+                self.left = Left::Sending(shared.copy(found));
+            }
+            (Input::Collected { found }, Left::LastCollecting) => {
+                return self.complete(shared, found);
+            }
+            (input, Left::Sending(in_flight)) => match in_flight.note(shared, input) {
+                Settled::NotYet => {}
+                Settled::Done => self.left = Left::Placed,
+                Settled::Wrong(reason) => return shared.undo(reason),
+                Settled::Unrelated(input) => {
+                    return shared.unexpected(State::Draining(self), &input);
+                }
+            },
+            (input, _) => return shared.unexpected(State::Draining(self), &input),
+        }
+        self.advance(shared)
+    }
+
+    /// The hardware may have changed since it was offered, up to the pause and no later.
+    fn compare(mut self, shared: &mut Shared, now: &Inventory) -> State {
+        self.inventoried = true;
+        if let Some(what) = difference(&shared.inventory, now) {
+            return shared.undo(Reason::InventoryChanged { what });
+        }
+        shared.actions.push_back(Action::Save);
+        State::Draining(self)
+    }
+
+    fn advance(mut self, shared: &mut Shared) -> State {
+        if self.saved.is_some() && matches!(self.left, Left::Placed) {
+            self.left = Left::LastCollecting;
+            shared.collect(Rearm::No);
+        }
+        State::Draining(self)
+    }
+
+    /// Says at once what will be complete when the last round is: the target then need not be told
+    /// again, which is a round trip less in the blackout. Every page of a later round is told, so
+    /// their number is known.
+    fn complete(self, shared: &mut Shared, last: PageSet) -> State {
+        let Some(Saved { bytes, crc }) = self.saved else {
+            return State::Draining(self);
+        };
+        let pages = shared.pages_told + last.len();
+        let in_flight = shared.copy(last);
+        let round = shared.round;
+        shared.send(Message::Complete {
+            round,
+            pages,
+            state_bytes: bytes,
+            state_crc: crc,
+        });
+        shared.bound(shared.config.limits.offering);
+        State::Offering(Offering {
+            in_flight: Some(in_flight),
+        })
+    }
+}
+
+/// What is different between two readings of one VM, in words.
+fn difference(before: &Inventory, now: &Inventory) -> Option<String> {
+    if let Some(first) = before.layout.differences(&now.layout).first() {
+        return Some(first.to_string());
+    }
+    let added = now
+        .devices
+        .iter()
+        .find(|device| !before.devices.contains(device));
+    let removed = before
+        .devices
+        .iter()
+        .find(|device| !now.devices.contains(device));
+    match (added, removed) {
+        (Some(device), _) => Some(format!("{device} was added")),
+        (None, Some(device)) => Some(format!("{device} was removed")),
+        (None, None) => (before.machine != now.machine).then(|| "the machine type".to_owned()),
+    }
+}
+
+/// Everything is on its way; the target loads.
+pub(super) struct Offering {
+    /// The last round, until it is in place.
+    in_flight: Option<InFlight>,
+}
+
+impl Offering {
+    pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
+        match (input, &mut self.in_flight) {
+            (Input::Received(Message::Ready), None) => {
+                shared.unbound();
+                shared.actions.push_back(Action::Journal(Record::Given));
+                State::Giving(Giving { trouble: None })
+            }
+            (input, Some(in_flight)) => match in_flight.note(shared, input) {
+                Settled::NotYet => State::Offering(self),
+                Settled::Done => State::Offering(Self { in_flight: None }),
+                Settled::Wrong(reason) => shared.undo(reason),
+                Settled::Unrelated(input) => shared.unexpected(State::Offering(self), &input),
+            },
+            (input, None) => shared.unexpected(State::Offering(self), &input),
+        }
+    }
+}
+
+/// "Given" is being written. Go has not been said: trouble can still keep the guest, as soon as the
+/// journal is at rest.
+pub(super) struct Giving {
+    trouble: Option<Reason>,
+}
+
+impl Giving {
+    pub(super) fn handle(self, shared: &mut Shared, input: &Input) -> State {
+        match (input, self.trouble) {
+            (Input::Journaled(Record::Given), Some(reason)) => shared.undo(reason),
+            (Input::Journaled(Record::Given), None) => shared.go(),
+            (input, trouble) => shared.unexpected(State::Giving(Self { trouble }), input),
+        }
+    }
+
+    pub(super) fn trouble(self, shared: &mut Shared, reason: Reason) -> State {
+        // Nothing was said to the target, so a journal that cannot be written gives nothing away.
+        if let Reason::Failed(Failure {
+            step: Step::Journal,
+            ..
+        }) = reason
+        {
+            return shared.undo(reason);
+        }
+        State::Giving(Self {
+            trouble: self.trouble.or(Some(reason)),
+        })
+    }
+}
+
+impl Shared {
+    fn go(&mut self) -> State {
+        let run = run_order(self.config.run_at_target.unwrap_or(self.wanted));
+        self.send(Message::Go { run });
+        self.bound(self.config.limits.given);
+        State::Given(Given)
+    }
+}
+
+/// The guest is given away. From here on only the target's word counts.
+pub(super) struct Given;
+
+impl Given {
+    pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
+        match input {
+            Input::Received(Message::Running) => shared.leave(),
+            Input::Received(Message::Returned { reason }) => {
+                shared.undo(Reason::Returned { text: reason })
+            }
+            // Anything else that comes is no word about the guest: ask.
+            input => shared.unexpected(State::Given(self), &input),
+        }
+    }
+
+    pub(super) fn trouble(self, shared: &mut Shared, reason: Reason) -> State {
+        match reason {
+            Reason::LinkLost { .. }
+            | Reason::PeerAborted { .. }
+            | Reason::TimedOut { .. }
+            | Reason::Protocol { .. } => shared.ask(reason),
+            // The guest's VMM here, its tracking, its lanes: none of them owns the guest any more.
+            reason => {
+                shared.tell(Notice::Leftover(reason.to_string()));
+                State::Given(self)
+            }
+        }
+    }
+}
+
+/// The target is being asked.
+pub(super) struct Asking {
+    reason: Reason,
+    until: Moment,
+    /// Whether an attempt is under way.
+    attempt: Attempt,
+}
+
+#[derive(PartialEq, Eq)]
+enum Attempt {
+    UnderWay,
+    Due,
+}
+
+impl Shared {
+    fn ask(&mut self, reason: Reason) -> State {
+        self.tell(Notice::AskingTarget);
+        self.actions.push_back(Action::Ask);
+        self.unbound();
+        let until = self.now.after(self.config.limits.asking);
+        State::Asking(Asking {
+            reason,
+            until,
+            attempt: Attempt::UnderWay,
+        })
+    }
+}
+
+impl Asking {
+    pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
+        match input {
+            Input::Answered(Some(Verdict::Taken)) | Input::Received(Message::Running) => {
+                shared.leave()
+            }
+            Input::Answered(Some(Verdict::Refused)) => shared.undo(Reason::Refused),
+            Input::Answered(Some(Verdict::Returned)) => {
+                let text = "the target says so when asked".to_owned();
+                shared.undo(Reason::Returned { text })
+            }
+            Input::Received(Message::Returned { reason }) => {
+                shared.undo(Reason::Returned { text: reason })
+            }
+            Input::Answered(None) if shared.now >= self.until => shared.in_doubt(self.reason),
+            Input::Answered(None) => {
+                self.attempt = Attempt::Due;
+                shared.bound(shared.config.limits.ask_again);
+                State::Asking(self)
+            }
+            input => shared.unexpected(State::Asking(self), &input),
+        }
+    }
+
+    pub(super) fn ask_again(mut self, shared: &mut Shared) -> State {
+        if self.attempt == Attempt::Due {
+            self.attempt = Attempt::UnderWay;
+            shared.actions.push_back(Action::Ask);
+        }
+        State::Asking(self)
+    }
+
+    pub(super) fn trouble(self, shared: &mut Shared, reason: &Reason) -> State {
+        if !matches!(reason, Reason::LinkLost { .. }) {
+            shared.tell(Notice::Leftover(reason.to_string()));
+        }
+        State::Asking(self)
+    }
+}
+
+impl Shared {
+    /// A person decides. Neither VMM is touched; tracking ends, which the guest does not notice.
+    fn in_doubt(&mut self, reason: Reason) -> State {
+        self.actions.push_back(Action::CloseLanes);
+        self.actions.push_back(Action::StopTracking);
+        self.finish(Outcome::InDoubt { reason })
+    }
+}
