@@ -22,6 +22,7 @@ impl Message {
             Self::Welcome(_) => Kind::Welcome,
             Self::Prepared => Kind::Prepared,
             Self::State { .. } => Kind::State,
+            Self::Paused => Kind::Paused,
             Self::RoundDone { .. } => Kind::RoundDone,
             Self::Complete { .. } => Kind::Complete,
             Self::Ready => Kind::Ready,
@@ -81,6 +82,7 @@ impl Message {
                 put_text(out, &clean(text));
             }
             Self::Prepared
+            | Self::Paused
             | Self::Ready
             | Self::Running
             | Self::Finished
@@ -124,6 +126,7 @@ impl Message {
                 bounded(kind, "the state's length", length, 0, MAX_STATE_BYTES)
             }
             Self::Prepared
+            | Self::Paused
             | Self::Ready
             | Self::Go { .. }
             | Self::Running
@@ -270,6 +273,7 @@ impl Fields {
                 features: Features(self.u64()?),
                 lanes: self.u16()?,
             }),
+            Kind::Paused => Message::Paused,
             Kind::Prepared => Message::Prepared,
             Kind::State => Message::State {
                 offset: self.u64()?,

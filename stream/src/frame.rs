@@ -59,6 +59,8 @@ pub enum Kind {
     Answer = 14,
     /// [`Message::Abort`](crate::message::Message::Abort)
     Abort = 15,
+    /// [`Message::Paused`](crate::message::Message::Paused)
+    Paused = 16,
     /// Pages; see [`pages`](crate::pages).
     Pages = 64,
     /// The end of a round on a page lane.
@@ -67,7 +69,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Hello,
         Self::Welcome,
         Self::Prepared,
@@ -83,6 +85,7 @@ impl Kind {
         Self::Inquire,
         Self::Answer,
         Self::Abort,
+        Self::Paused,
         Self::Pages,
         Self::RoundEnd,
     ];
@@ -107,6 +110,7 @@ impl Kind {
             Self::Returned => 2 + MAX_TEXT,
             Self::Abort => 4 + MAX_TEXT,
             Self::Prepared
+            | Self::Paused
             | Self::Ready
             | Self::Running
             | Self::Finished
