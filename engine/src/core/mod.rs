@@ -4,6 +4,7 @@ pub mod converge;
 pub mod layout;
 pub mod message;
 pub mod meter;
+pub mod outcome;
 pub mod pageset;
 pub mod source;
 pub mod target;

@@ -15,90 +15,32 @@
 //! Every state is a struct, consumed by its handler, which returns the next. Trouble of any kind is
 //! one input to a state: what it leads to depends only on whether the guest was given away.
 
+mod config;
 mod ending;
+mod events;
 mod precopy;
+mod round;
 mod switchover;
 #[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
 use std::mem;
-use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_stream::message::{
-    Features, Hello, Message, Mode, Offer, Purpose, RegionInfo, Round, SessionId, Versions,
+    Features, Hello, Message, Offer, Purpose, RegionInfo, Round, Versions,
 };
 
+pub use self::config::{SourceConfig, SourceLimits};
 use self::ending::{Leaving, Undoing};
 use self::precopy::{Arming, Collecting, Copying, Holding, Preparing};
 use self::switchover::{Asking, Draining, Given, Giving, Offering, Stopping};
 use crate::core::converge::{Converge, View};
-use crate::core::message::{
-    Action, Command, GuestLeft, Input, LaneTotals, Moment, Notice, Outcome, Phase, Reason,
-    ZeroPages,
-};
+use crate::core::message::{Action, GuestLeft, Input, Moment, Notice, Outcome, Phase, Reason};
 use crate::core::meter::{Meter, Progress, Report};
 use crate::core::pageset::PageSet;
-use crate::vmm::{GuestEvent, Inventory, PauseFor, Rearm, RunState};
-
-/// What a source is told beforehand.
-#[derive(Clone, Debug)]
-pub struct SourceConfig {
-    /// Names the migration.
-    pub session: SessionId,
-    /// Whether the guest runs while it is copied.
-    pub mode: Mode,
-    /// In which state the target leaves it: `None` for the state that it has here.
-    pub run_at_target: Option<RunState>,
-    /// The longest blackout that is wanted.
-    pub downtime_limit: Duration,
-    /// After this time the guest is paused and the move finishes, whatever the blackout.
-    pub timeout: Option<Duration>,
-    /// Page lanes to open.
-    pub lanes: u16,
-    /// What a switchover with nothing dirty costs, for a first prediction.
-    pub switchover_floor: Duration,
-    /// Bounds on the peer and the VMM.
-    pub limits: SourceLimits,
-}
-
-/// How long the source waits for others. A peer that is alive is never cut off while pages move; a
-/// dead one is found by the driver's heartbeat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SourceLimits {
-    /// For the target's welcome.
-    pub greeting: Duration,
-    /// For the target to blank its RAM, and for the page lanes to stand.
-    pub preparing: Duration,
-    /// For the guest to stop.
-    pub stopping: Duration,
-    /// For the last pages and the device state to be sent.
-    pub draining: Duration,
-    /// For the target to load.
-    pub offering: Duration,
-    /// For the target's word that it runs, before it is asked.
-    pub given: Duration,
-    /// For asking the target, before a person has to.
-    pub asking: Duration,
-    /// Between two attempts to ask.
-    pub ask_again: Duration,
-}
-
-impl Default for SourceLimits {
-    fn default() -> Self {
-        Self {
-            greeting: Duration::from_secs(10),
-            preparing: Duration::from_secs(300),
-            stopping: Duration::from_secs(30),
-            draining: Duration::from_secs(60),
-            offering: Duration::from_secs(60),
-            given: Duration::from_secs(15),
-            asking: Duration::from_secs(60),
-            ask_again: Duration::from_millis(250),
-        }
-    }
-}
+use crate::vmm::{Inventory, Rearm, RunState};
 
 /// The source's machine. Facts go in through [`Source::handle`], orders come out of
 /// [`Source::poll_action`].
@@ -382,89 +324,6 @@ impl Shared {
         }
     }
 
-    fn guest_event(&mut self, state: State, event: GuestEvent) -> State {
-        let reason = match event {
-            GuestEvent::Reset => {
-                self.tell(Notice::GuestReset);
-                return state;
-            }
-            GuestEvent::ForeignPause => return self.foreign_pause(state),
-            GuestEvent::ForeignResume => return self.foreign_resume(state),
-            GuestEvent::ShutDown => Reason::GuestShutDown,
-            GuestEvent::Panicked => Reason::GuestPanicked,
-            GuestEvent::IoErrorPause { device } => Reason::GuestIoError { device },
-            GuestEvent::Gone { what } => Reason::GuestGone { what },
-        };
-        self.wanted = RunState::Paused;
-        state.trouble(self, reason)
-    }
-
-    fn foreign_pause(&mut self, state: State) -> State {
-        self.wanted = RunState::Paused;
-        self.tell(Notice::GuestStateChanged(RunState::Paused));
-        state
-    }
-
-    /// Somebody lets the guest run. While RAM is copied that is their right, and the move goes on
-    /// live; while it is handed over it spoils what was saved; afterwards it is a second owner.
-    fn foreign_resume(&mut self, state: State) -> State {
-        if matches!(
-            state,
-            State::Given(_) | State::Asking(_) | State::Leaving(_)
-        ) {
-            self.tell(Notice::ResumedAfterGiven);
-            self.actions.push_back(Action::Pause(PauseFor::Copy));
-            return state;
-        }
-        self.wanted = RunState::Running;
-        if state.is_switching() {
-            return state.trouble(self, Reason::ForeignResume);
-        }
-        self.held = None;
-        self.hold_ordered = false;
-        self.meter.went_on();
-        self.tell(Notice::GuestStateChanged(RunState::Running));
-        state
-    }
-
-    fn command(&mut self, state: State, command: Command) -> State {
-        match command {
-            Command::Cancel if matches!(state, State::Given(_) | State::Asking(_)) => {
-                self.tell(Notice::TooLateToCancel);
-                state
-            }
-            Command::Cancel if matches!(state, State::Leaving(_) | State::Undoing(_)) => state,
-            Command::Cancel => state.trouble(self, Reason::Cancelled),
-            Command::SetDowntimeLimit(limit) => {
-                self.config.downtime_limit = limit;
-                state
-            }
-            Command::Suspend => {
-                self.suspend(&state);
-                state
-            }
-        }
-    }
-
-    /// Pauses the guest now, so that what is left is copied without it running. Before the first
-    /// round that is what a move without `--live` does.
-    fn suspend(&mut self, state: &State) {
-        if state.is_copying() && !self.hold_ordered {
-            self.tell(Notice::TimeoutSuspends);
-            self.order_hold();
-        } else if matches!(
-            state,
-            State::Greeting | State::Preparing(_) | State::Arming(_)
-        ) {
-            self.config.mode = Mode::Paused;
-        }
-    }
-
-    fn order_hold(&mut self) {
-        self.hold_ordered = true;
-        self.actions.push_back(Action::Pause(PauseFor::Copy));
-    }
-
     fn hold(&mut self, at: Moment) {
         self.held = Some(at);
         self.meter.stopped(at);
@@ -521,27 +380,6 @@ impl Shared {
         self.actions.push_back(Action::Collect { rearm, into });
     }
 
-    /// Orders the next round over `pages`.
-    fn copy(&mut self, pages: PageSet) -> InFlight {
-        self.round = Round(self.round.0 + 1);
-        self.meter.begin_round(self.now, self.round, pages.len());
-        let zeros = if self.round.0 == 1 {
-            ZeroPages::Skip
-        } else {
-            ZeroPages::Tell
-        };
-        self.actions.push_back(Action::Copy {
-            round: self.round,
-            pages: Arc::new(pages),
-            zeros,
-        });
-        InFlight {
-            round: self.round,
-            sent: None,
-            done: None,
-        }
-    }
-
     fn view(&self, dirty_pages: u64) -> View<'_> {
         View {
             rounds: self.meter.rounds(),
@@ -570,51 +408,5 @@ impl Shared {
             reason,
             guest: GuestLeft::Untouched,
         })
-    }
-}
-
-/// A round on its way: sent when every lane has sent its end, done when the target says so, in
-/// whichever order the two become known.
-struct InFlight {
-    round: Round,
-    sent: Option<LaneTotals>,
-    done: Option<u64>,
-}
-
-/// What a fact means to a round on its way.
-enum Settled {
-    /// It is not about the round.
-    Unrelated(Input),
-    /// It is still on its way.
-    NotYet,
-    /// Every page is in place.
-    Done,
-    /// The two sides count differently.
-    Wrong(Reason),
-}
-
-impl InFlight {
-    fn note(&mut self, shared: &mut Shared, input: Input) -> Settled {
-        match input {
-            Input::RoundSent { round, totals } if round == self.round => self.sent = Some(totals),
-            Input::Received(Message::RoundDone { round, pages }) if round == self.round => {
-                self.done = Some(pages);
-            }
-            input => return Settled::Unrelated(input),
-        }
-        let (Some(totals), Some(theirs)) = (self.sent, self.done) else {
-            return Settled::NotYet;
-        };
-        let ours = totals.pages - shared.pages_told;
-        if ours != theirs {
-            return Settled::Wrong(Reason::Miscounted {
-                round: self.round,
-                ours,
-                theirs,
-            });
-        }
-        shared.pages_told = totals.pages;
-        shared.meter.end_round(shared.now, totals);
-        Settled::Done
     }
 }

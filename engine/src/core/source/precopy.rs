@@ -2,7 +2,8 @@
 
 use ferry_stream::message::{Features, Message, Mode, Versions, Welcome};
 
-use super::{InFlight, Settled, Shared, State};
+use super::round::{InFlight, Settled};
+use super::{Shared, State};
 use crate::core::converge::{Verdict, View};
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{Action, Input, Moment, Notice, Phase, Reason, Record};

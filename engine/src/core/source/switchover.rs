@@ -6,7 +6,8 @@
 
 use ferry_stream::message::{Message, Verdict};
 
-use super::{InFlight, Settled, Shared, State};
+use super::round::{InFlight, Settled};
+use super::{Shared, State};
 use crate::core::message::{
     Action, Failure, Input, Moment, Notice, Outcome, Reason, Record, Step, run_order,
 };

@@ -1,0 +1,379 @@
+//! How a migration ends, what went wrong, and what a user is told on the way.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_stream::message::{AbortCode, Round};
+
+use crate::core::layout::LayoutDifference;
+use crate::vmm::RunState;
+
+/// The steps that can fail, as people would name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Step {
+    /// Opening page lanes.
+    OpenLanes,
+    /// Beginning to track.
+    StartTracking,
+    /// Collecting dirty pages.
+    Collect,
+    /// Reading, sending, receiving or placing pages.
+    Pages,
+    /// Flushing disk images.
+    Flush,
+    /// Opening the device state.
+    OpenState,
+    /// Pausing the guest.
+    Pause,
+    /// Reading the inventory again.
+    Inventory,
+    /// Saving the device state.
+    Save,
+    /// Writing the journal.
+    Journal,
+    /// Blanking RAM and getting ready to load.
+    Prepare,
+    /// Loading the device state.
+    Load,
+    /// Resuming the guest.
+    Resume,
+    /// Putting the source back as it was.
+    Undo,
+    /// Ending the VMM, or leaving it stopped.
+    Retire,
+    /// Ending dirty tracking.
+    StopTracking,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OpenLanes => "opening the page lanes",
+            Self::StartTracking => "starting dirty tracking",
+            Self::Collect => "collecting dirty pages",
+            Self::Pages => "moving pages",
+            Self::Flush => "flushing disk images",
+            Self::OpenState => "opening the device state",
+            Self::Pause => "pausing the guest",
+            Self::Inventory => "reading the inventory",
+            Self::Save => "saving the device state",
+            Self::Journal => "writing the journal",
+            Self::Prepare => "preparing the target",
+            Self::Load => "loading the device state",
+            Self::Resume => "resuming the guest",
+            Self::Undo => "putting the source back",
+            Self::Retire => "ending the VMM",
+            Self::StopTracking => "ending dirty tracking",
+        })
+    }
+}
+
+/// An action that failed, and why.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{step} failed")]
+pub struct Failure {
+    /// What was being done.
+    pub step: Step,
+    /// Why it failed.
+    pub source: Arc<dyn StdError + Send + Sync>,
+}
+
+impl Failure {
+    /// The failure of `step` because of `source`.
+    pub fn new(step: Step, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self {
+            step,
+            source: Arc::from(source.into()),
+        }
+    }
+}
+
+/// What a user should be told while the migration goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Notice {
+    /// The downtime limit is below what an empty switchover takes; this counts instead.
+    LimitBelowFloor {
+        /// The limit asked for.
+        limit: Duration,
+        /// What counts.
+        floor: Duration,
+    },
+    /// The time-out has passed: the guest is paused and the move finishes.
+    TimeoutSuspends,
+    /// Somebody paused or resumed the guest; it will be left in that state.
+    GuestStateChanged(RunState),
+    /// The guest was reset; the move goes on.
+    GuestReset,
+    /// It is too late to cancel: the guest was given away.
+    TooLateToCancel,
+    /// Somebody resumed the guest here after it was given away; it was paused again.
+    ResumedAfterGiven,
+    /// The link was lost after the guest was given away; the target is asked whose it is.
+    AskingTarget,
+    /// Something that does not change the outcome went wrong.
+    Leftover(String),
+}
+
+/// Where the guest is.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// At the target.
+    Moved,
+    /// At the source, or nowhere when it died of its own.
+    Kept {
+        /// Why it did not move.
+        reason: Reason,
+        /// How it was left.
+        guest: GuestLeft,
+    },
+    /// Only the target can say, and cannot be asked: neither side was touched.
+    InDoubt {
+        /// What cut the two apart.
+        reason: Reason,
+    },
+}
+
+/// How the guest was left at the source.
+#[derive(Clone, Debug)]
+pub enum GuestLeft {
+    /// Nothing had been changed.
+    Untouched,
+    /// Target: its VMM, which never owned the guest, was ended.
+    Ended,
+    /// In this state, with everything put back.
+    As(RunState),
+    /// Something could not be put back.
+    Damaged(Failure),
+}
+
+/// Why a migration ended otherwise than as moved.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Reason {
+    /// Somebody asked for it.
+    #[error("cancelled")]
+    Cancelled,
+    /// The link is gone.
+    #[error("the link to the peer was lost: {what}")]
+    LinkLost {
+        /// How that showed.
+        what: String,
+    },
+    /// The peer gave up.
+    #[error("the peer gave up ({code:?}): {text}")]
+    PeerAborted {
+        /// Its code.
+        code: AbortCode,
+        /// Its words.
+        text: String,
+    },
+    /// The peer said something that must not come now.
+    #[error("the peer sent {what}, which must not come while {phase}")]
+    Protocol {
+        /// What it sent.
+        what: &'static str,
+        /// What was going on.
+        phase: Phase,
+    },
+    /// The peer's count of pages is not ours.
+    #[error("{round}: {ours} pages by our count, {theirs} by the peer's")]
+    Miscounted {
+        /// The round.
+        round: Round,
+        /// Our count.
+        ours: u64,
+        /// Theirs.
+        theirs: u64,
+    },
+    /// No wire version in common.
+    #[error("the peer speaks wire versions {lowest} to {highest}, we speak other ones")]
+    Version {
+        /// Its lowest.
+        lowest: u16,
+        /// Its highest.
+        highest: u16,
+    },
+    /// Architecture or machine type differ.
+    #[error(
+        "the source has {ours_or_source}, the target {theirs_or_target}: start the target with the same machine type"
+    )]
+    Machine {
+        /// At the source.
+        ours_or_source: String,
+        /// At the target.
+        theirs_or_target: String,
+    },
+    /// The RAM layouts differ.
+    #[error("RAM differs: {}", list(.0))]
+    Layout(Vec<LayoutDifference>),
+    /// A region list that is no layout.
+    #[error("the peer's RAM layout is impossible")]
+    BadLayout(#[source] crate::core::layout::LayoutError),
+    /// A device, or RAM, was plugged or unplugged during the move.
+    #[error("the guest's hardware changed during the move: {what}")]
+    InventoryChanged {
+        /// What is different.
+        what: String,
+    },
+    /// The guest is gone, or its VMM.
+    #[error("the guest is gone: {what}")]
+    GuestGone {
+        /// How that showed.
+        what: String,
+    },
+    /// The guest turned itself off.
+    #[error("the guest shut down during the move")]
+    GuestShutDown,
+    /// The guest panicked.
+    #[error("the guest panicked during the move")]
+    GuestPanicked,
+    /// The VMM paused the guest because of an I/O error.
+    #[error("an I/O error of {device:?} paused the guest: mend the disk and resume it")]
+    GuestIoError {
+        /// The device.
+        device: String,
+    },
+    /// Somebody resumed the guest while it was being handed over.
+    #[error("somebody else resumed the guest during the switchover")]
+    ForeignResume,
+    /// The rounds do not shrink.
+    #[error(
+        "not converging: stopping now would take {predicted_ms} ms, the limit is {limit_ms} ms \
+         (dirty {dirty_bytes_per_s} B/s, link {link_bytes_per_s} B/s): raise --max-downtime, \
+         use --timeout, or move it without --live"
+    )]
+    NotConverging {
+        /// The blackout that stopping now would cost, in ms.
+        predicted_ms: u64,
+        /// The limit in ms.
+        limit_ms: u64,
+        /// What the guest dirties, in bytes a second.
+        dirty_bytes_per_s: u64,
+        /// What the link carries, in bytes a second.
+        link_bytes_per_s: u64,
+    },
+    /// Something took too long.
+    #[error("{phase} took longer than {limit_ms} ms")]
+    TimedOut {
+        /// What.
+        phase: Phase,
+        /// The bound in milliseconds.
+        limit_ms: u64,
+    },
+    /// Target: the source asked whose the guest is, and so gave up this attempt.
+    #[error("the source asked who owns the guest before it was taken")]
+    Asked,
+    /// The target, asked, said that it never took the guest.
+    #[error("the target did not take the guest")]
+    Refused,
+    /// The target took the guest and could not resume it.
+    #[error("the target could not resume the guest and gave it back: {text}")]
+    Returned {
+        /// Its words.
+        text: String,
+    },
+    /// An action failed.
+    #[error(transparent)]
+    Failed(Failure),
+}
+
+fn list(differences: &[LayoutDifference]) -> String {
+    let lines: Vec<String> = differences.iter().map(ToString::to_string).collect();
+    lines.join("; ")
+}
+
+impl Reason {
+    /// The code that tells a peer.
+    pub fn abort_code(&self) -> AbortCode {
+        match self {
+            Self::Cancelled => AbortCode::Cancelled,
+            Self::Protocol { .. } | Self::Miscounted { .. } | Self::BadLayout(_) => {
+                AbortCode::Protocol
+            }
+            Self::Version { .. } => AbortCode::Version,
+            Self::Machine { .. } => AbortCode::Machine,
+            Self::Layout(_) | Self::InventoryChanged { .. } => AbortCode::Layout,
+            Self::GuestGone { .. } | Self::GuestShutDown | Self::GuestPanicked => {
+                AbortCode::GuestGone
+            }
+            Self::TimedOut { .. } => AbortCode::Timeout,
+            Self::LinkLost { .. } | Self::PeerAborted { .. } => AbortCode::Internal,
+            _ => AbortCode::Vmm,
+        }
+    }
+}
+
+/// What a machine is doing, for people and reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Phase {
+    /// Agreeing with the peer.
+    Greeting,
+    /// Getting both sides ready.
+    Preparing,
+    /// Copying RAM, or collecting what is dirty.
+    Copying,
+    /// Stopping the guest.
+    Stopping,
+    /// Sending the last pages and the device state.
+    Draining,
+    /// Waiting for the target to have loaded.
+    Offering,
+    /// Handing over.
+    Giving,
+    /// Handed over, waiting for the target's word.
+    Given,
+    /// Asking the target whose the guest is.
+    Asking,
+    /// Cleaning up after the move.
+    Leaving,
+    /// Putting everything back.
+    Undoing,
+    /// Target: waiting for a source.
+    Waiting,
+    /// Target: receiving RAM.
+    Receiving,
+    /// Target: loading the device state.
+    Loading,
+    /// Target: loaded, waiting for Go.
+    Offered,
+    /// Target: taking the guest over.
+    Taking,
+    /// Target: has taken it.
+    Taken,
+    /// Target: refusing it.
+    Refusing,
+    /// Over.
+    Ended,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Greeting => "greeting",
+            Self::Preparing => "preparing",
+            Self::Copying => "copying RAM",
+            Self::Stopping => "stopping the guest",
+            Self::Draining => "sending the last pages",
+            Self::Offering => "waiting for the target to load",
+            Self::Giving => "handing over",
+            Self::Given => "waiting for the target to run",
+            Self::Asking => "asking the target who owns the guest",
+            Self::Leaving => "cleaning up",
+            Self::Undoing => "putting everything back",
+            Self::Waiting => "waiting for a source",
+            Self::Receiving => "receiving RAM",
+            Self::Loading => "loading the device state",
+            Self::Offered => "waiting for the guest to be given",
+            Self::Taking => "taking the guest",
+            Self::Taken => "having taken the guest",
+            Self::Refusing => "refusing the guest",
+            Self::Ended => "being over",
+        })
+    }
+}

@@ -1,0 +1,65 @@
+//! What a source is told beforehand, and how long it waits.
+
+use std::time::Duration;
+
+use ferry_stream::message::{Mode, SessionId};
+
+use crate::vmm::RunState;
+
+/// What a source is told beforehand.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// Names the migration.
+    pub session: SessionId,
+    /// Whether the guest runs while it is copied.
+    pub mode: Mode,
+    /// In which state the target leaves it: `None` for the state that it has here.
+    pub run_at_target: Option<RunState>,
+    /// The longest blackout that is wanted.
+    pub downtime_limit: Duration,
+    /// After this time the guest is paused and the move finishes, whatever the blackout.
+    pub timeout: Option<Duration>,
+    /// Page lanes to open.
+    pub lanes: u16,
+    /// What a switchover with nothing dirty costs, for a first prediction.
+    pub switchover_floor: Duration,
+    /// Bounds on the peer and the VMM.
+    pub limits: SourceLimits,
+}
+
+/// How long the source waits for others. A peer that is alive is never cut off while pages move; a
+/// dead one is found by the driver's heartbeat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceLimits {
+    /// For the target's welcome.
+    pub greeting: Duration,
+    /// For the target to blank its RAM, and for the page lanes to stand.
+    pub preparing: Duration,
+    /// For the guest to stop.
+    pub stopping: Duration,
+    /// For the last pages and the device state to be sent.
+    pub draining: Duration,
+    /// For the target to load.
+    pub offering: Duration,
+    /// For the target's word that it runs, before it is asked.
+    pub given: Duration,
+    /// For asking the target, before a person has to.
+    pub asking: Duration,
+    /// Between two attempts to ask.
+    pub ask_again: Duration,
+}
+
+impl Default for SourceLimits {
+    fn default() -> Self {
+        Self {
+            greeting: Duration::from_secs(10),
+            preparing: Duration::from_secs(300),
+            stopping: Duration::from_secs(30),
+            draining: Duration::from_secs(60),
+            offering: Duration::from_secs(60),
+            given: Duration::from_secs(15),
+            asking: Duration::from_secs(60),
+            ask_again: Duration::from_millis(250),
+        }
+    }
+}

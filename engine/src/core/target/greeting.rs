@@ -1,0 +1,96 @@
+//! Agreeing with a source: nothing is changed here before both know that they fit.
+
+use ferry_stream::message::{Features, Hello, Message, Offer, Versions, Welcome};
+
+use super::receiving::Preparing;
+use super::{Shared, State};
+use crate::core::layout::{Layout, Region};
+use crate::core::message::{Action, GuestLeft, Outcome, Phase, Reason, Record};
+
+impl Shared {
+    pub(super) fn greet(&mut self, hello: Hello) -> State {
+        let session = hello.session;
+        match self.agree(hello) {
+            Ok(welcome) => {
+                self.session = Some(session);
+                self.lanes = welcome.lanes;
+                self.send(Message::Welcome(welcome));
+                self.actions.push_back(Action::Journal(Record::Receiving));
+                self.actions.push_back(Action::Prepare);
+                self.bound(self.config.limits.preparing);
+                State::Preparing(Preparing::default())
+            }
+            Err(reason) => self.turn_away(reason),
+        }
+    }
+
+    fn agree(&self, hello: Hello) -> Result<Welcome, Reason> {
+        let Versions { lowest, highest } = hello.versions;
+        let version = Versions::OURS
+            .agree(hello.versions)
+            .ok_or(Reason::Version { lowest, highest })?;
+        let what = "a hello without an offer";
+        let offer = hello.offer.ok_or(Reason::Protocol {
+            what,
+            phase: Phase::Waiting,
+        })?;
+        self.check_machine(&offer)?;
+        let layout = parse_layout(&offer)?;
+        let differences = layout.differences(&self.inventory.layout);
+        if !differences.is_empty() {
+            return Err(Reason::Layout(differences));
+        }
+        let lanes = offer.lanes.clamp(1, self.config.lanes.max(1));
+        Ok(Welcome {
+            version,
+            features: Features::NONE,
+            lanes,
+        })
+    }
+
+    fn check_machine(&self, offer: &Offer) -> Result<(), Reason> {
+        let here = &self.inventory;
+        for (theirs, ours) in [(&offer.arch, &here.arch), (&offer.machine, &here.machine)] {
+            if theirs != ours {
+                return Err(Reason::Machine {
+                    ours_or_source: theirs.clone(),
+                    theirs_or_target: ours.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Not a source that can be served: nothing was changed here.
+    pub(super) fn turn_away(&mut self, reason: Reason) -> State {
+        self.send(Message::Abort {
+            code: reason.abort_code(),
+            text: reason.to_string(),
+        });
+        self.finish(Outcome::Kept {
+            reason,
+            guest: GuestLeft::Untouched,
+        })
+    }
+}
+
+fn parse_layout(offer: &Offer) -> Result<Layout, Reason> {
+    let regions = offer.regions.iter().map(|region| Region {
+        name: region.name.clone(),
+        bytes: region.bytes,
+        backing_page_bytes: region.backing_page_bytes,
+    });
+    let layout = Layout::new(regions.collect()).map_err(Reason::BadLayout)?;
+    let in_order = layout
+        .iter()
+        .zip(&offer.regions)
+        .all(|((_, ours), theirs)| ours.name == theirs.name);
+    if in_order {
+        Ok(layout)
+    } else {
+        Err(Reason::Protocol {
+            what: "regions out of order",
+            phase: Phase::Waiting,
+        })
+    }
+}

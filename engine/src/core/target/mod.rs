@@ -1,0 +1,302 @@
+//! The target's machine: it owns nothing until it is told Go, and then it owns the guest for good.
+//!
+//! ```text
+//! Waiting ─► Preparing ─► Receiving ─► Loading ─► Offered ── Go ──► Taking    journal: taken
+//!    │           │            │           │          │                │
+//!    │           └────────────┴───────────┴──────────┤             Resuming ──► Taken ─► ended
+//!    ▼                                               ▼                │
+//!  ended                     journal: refused     Refusing            ▼ certainly not run
+//!                                                    └─► ended     Returning    journal: returned
+//! ```
+//!
+//! A target that refuses writes so before anybody is told, and that voids a Go still on its way. It
+//! lingers for a while to answer a source that lost the link after it had said Go.
+
+mod ending;
+mod greeting;
+mod receiving;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::mem;
+use std::time::Duration;
+
+use ferry_stream::message::{Message, SessionId};
+
+use self::ending::{Parting, Refusing, Returning, Taking};
+use self::receiving::{Preparing, Receiving};
+use crate::core::message::{
+    Action, Command, Input, Inquirer, Moment, Notice, Outcome, Phase, Reason, Record,
+};
+use crate::vmm::{GuestEvent, Inventory};
+
+/// What a target is told beforehand.
+#[derive(Clone, Debug)]
+pub struct TargetConfig {
+    /// Most page lanes that are accepted.
+    pub lanes: u16,
+    /// Bounds on the peer.
+    pub limits: TargetLimits,
+}
+
+/// How long the target waits for the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TargetLimits {
+    /// For page lanes to stand and RAM to be blank.
+    pub preparing: Duration,
+    /// For Go, after Ready.
+    pub offered: Duration,
+    /// For somebody to ask who owns the guest, after the link was lost with the answer unknown.
+    /// Longer than a source asks.
+    pub linger: Duration,
+    /// For an answer to be read, after it was given.
+    pub parting: Duration,
+}
+
+impl Default for TargetLimits {
+    fn default() -> Self {
+        Self {
+            preparing: Duration::from_secs(300),
+            offered: Duration::from_secs(120),
+            linger: Duration::from_secs(90),
+            parting: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Most connections whose question waits for an answer at one time.
+const MAX_INQUIRERS: usize = 8;
+
+/// The target's machine.
+pub struct Target {
+    shared: Shared,
+    state: State,
+}
+
+enum State {
+    Waiting,
+    Preparing(Preparing),
+    Receiving(Receiving),
+    Loading,
+    Offered,
+    Taking(Taking),
+    Resuming,
+    Taken(Parting),
+    Refusing(Refusing),
+    Returning(Returning),
+    Ended,
+}
+
+/// What every state works on.
+struct Shared {
+    config: TargetConfig,
+    inventory: Inventory,
+    session: Option<SessionId>,
+    lanes: u16,
+    actions: VecDeque<Action>,
+    inquirers: Vec<Inquirer>,
+    now: Moment,
+    deadline: Option<(Moment, Duration)>,
+}
+
+impl Target {
+    /// A target whose VMM is described by `inventory`.
+    pub fn new(config: TargetConfig, inventory: Inventory) -> Self {
+        let shared = Shared {
+            config,
+            inventory,
+            session: None,
+            lanes: 0,
+            actions: VecDeque::new(),
+            inquirers: Vec::new(),
+            now: Moment::default(),
+            deadline: None,
+        };
+        Self {
+            shared,
+            state: State::Waiting,
+        }
+    }
+
+    /// Takes a fact in.
+    pub fn handle(&mut self, now: Moment, input: Input) {
+        self.shared.now = now;
+        let state = mem::replace(&mut self.state, State::Ended);
+        self.state = self.shared.dispatch(state, input);
+    }
+
+    /// The next order, if there is one.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.shared.actions.pop_front()
+    }
+
+    /// When [`Target::handle_timeout`] wants to be called, if nothing happens before.
+    pub fn poll_timeout(&self) -> Option<Moment> {
+        self.shared.deadline.map(|(at, _)| at)
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now: Moment) {
+        self.shared.now = now;
+        let Some((_, limit)) = self.shared.deadline.take_if(|(at, _)| *at <= now) else {
+            return;
+        };
+        let state = mem::replace(&mut self.state, State::Ended);
+        self.state = match state {
+            State::Taken(_) => self.shared.finish(Outcome::Moved),
+            State::Refusing(refusing) => refusing.finish(&mut self.shared),
+            State::Returning(returning) => returning.finish(&mut self.shared),
+            state => {
+                let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+                let reason = Reason::TimedOut {
+                    phase: state.phase(),
+                    limit_ms,
+                };
+                state.trouble(&mut self.shared, reason)
+            }
+        };
+    }
+
+    /// The migration that is served, once a source was accepted.
+    pub fn session(&self) -> Option<SessionId> {
+        self.shared.session
+    }
+
+    /// Page lanes agreed on; 0 before that.
+    pub fn lanes(&self) -> u16 {
+        self.shared.lanes
+    }
+
+    /// What is going on.
+    pub fn phase(&self) -> Phase {
+        self.state.phase()
+    }
+
+    /// True when the guest may run here: from the moment the journal says taken.
+    pub fn may_run(&self) -> bool {
+        matches!(self.state, State::Resuming | State::Taken(_))
+    }
+}
+
+impl State {
+    fn phase(&self) -> Phase {
+        match self {
+            Self::Waiting => Phase::Waiting,
+            Self::Preparing(_) => Phase::Preparing,
+            Self::Receiving(_) => Phase::Receiving,
+            Self::Loading => Phase::Loading,
+            Self::Offered => Phase::Offered,
+            Self::Taking(_) | Self::Resuming => Phase::Taking,
+            Self::Taken(_) => Phase::Taken,
+            Self::Refusing(_) | Self::Returning(_) => Phase::Refusing,
+            Self::Ended => Phase::Ended,
+        }
+    }
+
+    /// Something went wrong. Before Go the guest is the source's; after it, a link that is lost
+    /// changes nothing.
+    fn trouble(self, shared: &mut Shared, reason: Reason) -> Self {
+        match self {
+            Self::Waiting => shared.turn_away(reason),
+            Self::Preparing(_) | Self::Receiving(_) | Self::Loading => {
+                shared.refuse(reason, Parting::Expected)
+            }
+            Self::Offered => shared.refuse(reason, Parting::Lingering),
+            Self::Taking(taking) => taking.trouble(shared, reason),
+            Self::Resuming => Self::Resuming,
+            Self::Taken(parting) => parting.trouble(shared, &reason),
+            Self::Refusing(refusing) => refusing.trouble(shared, &reason),
+            Self::Returning(returning) => returning.trouble(shared, &reason),
+            Self::Ended => Self::Ended,
+        }
+    }
+}
+
+impl Shared {
+    fn dispatch(&mut self, state: State, input: Input) -> State {
+        match input {
+            Input::Received(Message::Ping) => state,
+            Input::Received(Message::Abort { code, text }) => {
+                state.trouble(self, Reason::PeerAborted { code, text })
+            }
+            Input::LinkLost { what } => state.trouble(self, Reason::LinkLost { what }),
+            Input::Failed(failure) => state.trouble(self, Reason::Failed(failure)),
+            Input::Guest(event) => self.guest_event(state, event),
+            Input::Inquired(inquirer) => self.inquired(state, inquirer),
+            Input::Command(Command::Cancel) => self.cancel(state),
+            input => self.step(state, input),
+        }
+    }
+
+    fn step(&mut self, state: State, input: Input) -> State {
+        match (state, input) {
+            (State::Waiting, Input::Received(Message::Hello(hello))) => self.greet(hello),
+            (State::Preparing(preparing), input) => preparing.handle(self, input),
+            (State::Receiving(receiving), input) => receiving.handle(self, input),
+            (State::Loading, Input::Loaded) => self.offer(),
+            (State::Offered, Input::Received(Message::Go { run })) => {
+                self.deadline = None;
+                self.actions.push_back(Action::Journal(Record::Taken));
+                State::Taking(Taking { run })
+            }
+            (State::Taking(taking), Input::Journaled(Record::Taken)) => taking.taken(self),
+            (State::Resuming, Input::Resumed) => self.runs(),
+            (State::Resuming, Input::NotResumed { ran, failure }) => self.not_resumed(ran, failure),
+            (State::Taken(_), Input::Received(Message::Finished)) => self.finish(Outcome::Moved),
+            (State::Refusing(refusing), input) => refusing.handle(self, &input),
+            (State::Returning(returning), input) => returning.handle(self, &input),
+            (state, input) => self.unexpected(state, &input),
+        }
+    }
+
+    fn unexpected(&mut self, state: State, input: &Input) -> State {
+        match input {
+            Input::Received(message) => {
+                let reason = Reason::Protocol {
+                    what: message.name(),
+                    phase: state.phase(),
+                };
+                state.trouble(self, reason)
+            }
+            _ => state,
+        }
+    }
+
+    /// Before Go nobody may touch the guest here; afterwards it is its owner's to do with.
+    fn guest_event(&mut self, state: State, event: GuestEvent) -> State {
+        let reason = match event {
+            GuestEvent::Gone { what } => Reason::GuestGone { what },
+            GuestEvent::ForeignResume => Reason::ForeignResume,
+            GuestEvent::ShutDown => Reason::GuestShutDown,
+            _ => return state,
+        };
+        state.trouble(self, reason)
+    }
+
+    fn cancel(&mut self, state: State) -> State {
+        if matches!(state, State::Taking(_) | State::Resuming | State::Taken(_)) {
+            self.tell(Notice::TooLateToCancel);
+            return state;
+        }
+        state.trouble(self, Reason::Cancelled)
+    }
+
+    fn send(&mut self, message: Message) {
+        self.actions.push_back(Action::Send(message));
+    }
+
+    fn tell(&mut self, notice: Notice) {
+        self.actions.push_back(Action::Tell(notice));
+    }
+
+    fn bound(&mut self, limit: Duration) {
+        self.deadline = Some((self.now.after(limit), limit));
+    }
+
+    fn finish(&mut self, outcome: Outcome) -> State {
+        self.deadline = None;
+        self.actions.push_back(Action::Finish(outcome));
+        State::Ended
+    }
+}
