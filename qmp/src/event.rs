@@ -54,7 +54,7 @@ open_enum! {
         Setup = "setup",
         /// Being cancelled.
         Cancelling = "cancelling",
-        /// Cancelled.
+        /// Cancelled. A guest that was paused for the switchover has got its `RESUME` before.
         Cancelled = "cancelled",
         /// Running.
         Active = "active",
@@ -66,7 +66,8 @@ open_enum! {
         PostcopyRecoverSetup = "postcopy-recover-setup",
         /// Post-copy, going on after a broken link.
         PostcopyRecover = "postcopy-recover",
-        /// Over, and well.
+        /// Over, and well. The source's run state becomes `postmigrate` a little after the event, and
+        /// no event tells of that.
         Completed = "completed",
         /// Over, and not well.
         Failed = "failed",

@@ -56,3 +56,52 @@ impl Lines {
         &self.buffer[self.start..]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LIMIT: usize = 12;
+
+    /// What `bytes` split into, seen whole and with no care for time or memory.
+    fn oracle(bytes: &[u8]) -> (Vec<Vec<u8>>, bool) {
+        let mut pieces: Vec<_> = bytes.split(|&byte| byte == b'\n').collect();
+        let too_long = pieces.iter().position(|piece| piece.len() > LIMIT);
+        let complete = too_long.unwrap_or(pieces.len() - 1);
+        pieces.truncate(complete);
+        let lines = pieces.iter().map(|piece| piece.trim_ascii().to_vec());
+        (lines.collect(), too_long.is_some())
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_gives_the_same_lines(
+            bytes in prop::collection::vec(prop::sample::select(b"ab \r\n".to_vec()), 0..200),
+            sizes in prop::collection::vec(1..20_usize, 1..20),
+        ) {
+            let mut lines = Lines::new(LIMIT);
+            let mut taken = Vec::new();
+            let mut rest = &bytes[..];
+            let mut sizes = sizes.iter().cycle();
+            let too_long = 'over: loop {
+                loop {
+                    match lines.next() {
+                        Ok(Some(line)) => taken.push(line.to_vec()),
+                        Ok(None) => break,
+                        Err(_) => break 'over true,
+                    }
+                }
+                prop_assert!(lines.rest().len() <= LIMIT);
+                if rest.is_empty() {
+                    break false;
+                }
+                let (now, later) = rest.split_at(rest.len().min(*sizes.next().unwrap()));
+                lines.extend(now);
+                rest = later;
+            };
+            prop_assert_eq!((taken, too_long), oracle(&bytes));
+        }
+    }
+}

@@ -28,6 +28,8 @@
 mod lines;
 mod message;
 mod request;
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
