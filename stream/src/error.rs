@@ -30,16 +30,14 @@ pub enum Error {
         lane: LaneIndex,
     },
     /// A frame does not begin with [`MAGIC`]: the peer is something else.
-    #[error(
-        "the peer does not speak ferry's protocol: a frame begins with {found:02x?}, not {MAGIC:02x?}"
-    )]
+    #[error("the peer is not a ferry: its frame begins with {found:02x?} instead of {MAGIC:02x?}")]
     BadMagic {
         /// What it begins with.
         found: [u8; 4],
     },
     /// A frame of another wire version.
     #[error(
-        "the peer speaks wire version {found}, this side speaks {LOWEST_VERSION} to {HIGHEST_VERSION}"
+        "the peer speaks wire version {found}, this side {LOWEST_VERSION} to {HIGHEST_VERSION}"
     )]
     BadVersion {
         /// The frame's version.

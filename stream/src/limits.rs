@@ -1,7 +1,7 @@
 //! Every limit of the wire, by name.
 //!
-//! A peer's length or count is compared with one of these before anything is allocated for it, and a
-//! sender never goes beyond them.
+//! A peer's length or count is compared with one of these before anything is allocated for it, and
+//! a sender never goes beyond them.
 
 /// Lowest wire version that this crate speaks.
 pub const LOWEST_VERSION: u16 = 1;
@@ -24,8 +24,8 @@ pub const MAX_LANES: u16 = 64;
 /// Most bytes of device state in one message.
 pub const MAX_STATE_CHUNK: usize = 256 << 10;
 
-/// Most bytes of device state in one migration: what a target may have to hold back until all RAM is
-/// in place.
+/// Most bytes of device state in one migration: what a target may have to hold back until all RAM
+/// is in place.
 pub const MAX_STATE_BYTES: u64 = 1 << 30;
 
 /// Bytes in a page, the unit that page frames count in.

@@ -42,8 +42,8 @@ pub trait Lane: Read + Write + Send + fmt::Debug {
 
 /// Ends a connection from any thread.
 pub trait Closer: Send + Sync + fmt::Debug {
-    /// Ends both directions: reads and writes that block return at once, with an end of stream or an
-    /// error. May be called again.
+    /// Ends both directions: reads and writes that block return at once, with an end of stream or
+    /// an error. May be called again.
     fn close(&self) -> io::Result<()>;
 }
 

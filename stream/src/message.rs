@@ -281,7 +281,8 @@ pub enum Message {
     },
     /// T→S. The guest is mine by my journal, and is in the state ordered.
     Running,
-    /// T→S. The guest could not be resumed and never ran here: its VMM has ended, it is yours again.
+    /// T→S. The guest could not be resumed and never ran here. Its VMM has ended; it is yours
+    /// again.
     Returned {
         /// Why, for people; at most [`MAX_TEXT`](crate::limits::MAX_TEXT) bytes.
         reason: String,

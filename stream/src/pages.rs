@@ -60,7 +60,7 @@ pub struct PageRun {
     /// The region, by its position in the offer.
     pub region: u16,
     /// The first page, counted from the region's start in units of
-    /// [`PAGE_BYTES`](crate::limits::PAGE_BYTES).
+    /// [`PAGE_BYTES`].
     pub first: u64,
     /// How many pages: at least one.
     pub count: u32,
@@ -416,8 +416,8 @@ impl PageFrame {
         (self.head.len() + self.used) as u64
     }
 
-    /// Fills in header and checksums for a frame at `position`; the slices, one after the other, are
-    /// what travels.
+    /// Fills in header and checksums for a frame at `position`; the slices, one after the other,
+    /// are what travels.
     pub(crate) fn seal(&mut self, position: Position) -> Result<[IoSlice<'_>; 2], Error> {
         let records = (self.head.len() - TABLE_AT) / RECORD_BYTES;
         let records = u32::try_from(records).unwrap_or(u32::MAX);

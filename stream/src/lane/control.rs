@@ -111,8 +111,8 @@ impl<W: AsyncWrite + Unpin> ControlWriter<W> {
 
     /// Sends a message and flushes it.
     ///
-    /// A message that breaks a limit is refused, and the lane lives on. Dropped before it is done, it
-    /// leaves half a frame behind: every later send is [`Error::Broken`].
+    /// A message that breaks a limit is refused, and the lane lives on. Dropped before it is done,
+    /// it leaves half a frame behind: every later send is [`Error::Broken`].
     pub async fn send(&mut self, message: &Message) -> Result<(), Error> {
         if self.broken {
             return Err(BROKEN);
