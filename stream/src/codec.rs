@@ -273,8 +273,8 @@ impl Fields {
                 features: Features(self.u64()?),
                 lanes: self.u16()?,
             }),
-            Kind::Paused => Message::Paused,
             Kind::Prepared => Message::Prepared,
+            Kind::Paused => Message::Paused,
             Kind::State => Message::State {
                 offset: self.u64()?,
                 bytes: std::mem::take(&mut self.rest),

@@ -252,7 +252,8 @@ pub enum Message {
         /// The bytes: at least one, at most [`MAX_STATE_CHUNK`](crate::limits::MAX_STATE_CHUNK).
         bytes: Bytes,
     },
-    /// S→T. The guest is paused: device state that follows must not be loaded before RAM is complete.
+    /// S→T. The guest is paused: device state that follows must not be loaded before RAM is
+    /// complete.
     Paused,
     /// T→S. The round's end came on every page lane, and all its pages are checked and in place.
     RoundDone {

@@ -79,6 +79,7 @@ fn messages() -> Vec<(&'static str, Message)> {
             }),
         ),
         ("prepared", Message::Prepared),
+        ("paused", Message::Paused),
         (
             "state",
             Message::State {

@@ -74,6 +74,7 @@ fn hello() -> impl Strategy<Value = Message> {
 fn message() -> impl Strategy<Value = Message> {
     let plain = select(vec![
         Message::Prepared,
+        Message::Paused,
         Message::Ready,
         Message::Go { run: Run::Run },
         Message::Go {
