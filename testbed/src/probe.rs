@@ -1,0 +1,257 @@
+//! What the guest saw of a migration, from its own progress counter and nobody's claims.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::{Field, StatusPage, TestbedError};
+
+/// Between two samples: 4 kHz.
+const SAMPLE_INTERVAL: Duration = Duration::from_micros(250);
+
+/// The width over which rates are averaged for the curve and the brown-out.
+const BUCKET: Duration = Duration::from_millis(10);
+
+/// Watches the counter at both sides until it is asked what it saw.
+#[derive(Debug)]
+pub struct Probe {
+    stop: Stop,
+    sampler: JoinHandle<Result<Vec<Sample>, TestbedError>>,
+    started: Instant,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sample {
+    at: Duration,
+    source: u64,
+    target: u64,
+}
+
+/// What a probe saw.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// When the probe began; all times count from here.
+    pub started: Instant,
+    /// The longest time without progress, and when it began. Across a move it is the time from the
+    /// last progress at the source to the first at the target.
+    pub blackout: Duration,
+    /// When the blackout began.
+    pub blackout_at: Duration,
+    /// When the target first made progress of its own, if it did.
+    pub moved_at: Option<Duration>,
+    /// Time with less than half of the normal progress, the blackout included.
+    pub brownout: Duration,
+    /// The median progress of the buckets before the blackout, in steps a second.
+    pub normal_per_s: u64,
+    /// Progress in steps a second, one value for every 10 ms.
+    pub curve: Vec<u64>,
+    /// The longest pause of the probe itself: no blackout below this can be told from none.
+    pub resolution: Duration,
+}
+
+impl Probe {
+    /// Begins to watch `source`, and `target` where the same guest may go on.
+    pub fn start(source: StatusPage, target: Option<StatusPage>) -> Self {
+        let stop = Stop(Arc::new(AtomicBool::new(false)));
+        let stopped = Arc::clone(&stop.0);
+        let started = Instant::now();
+        let sampler = thread::spawn(move || sample(started, &stopped, &source, target.as_ref()));
+        Self {
+            stop,
+            sampler,
+            started,
+        }
+    }
+
+    /// Ends the watch.
+    pub fn finish(self) -> Result<Seen, TestbedError> {
+        drop(self.stop);
+        let samples = self
+            .sampler
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok(evaluate(self.started, &samples))
+    }
+}
+
+/// Ends the sampler when dropped, also with a test that fails.
+#[derive(Debug)]
+struct Stop(Arc<AtomicBool>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn sample(
+    started: Instant,
+    stop: &AtomicBool,
+    source: &StatusPage,
+    target: Option<&StatusPage>,
+) -> Result<Vec<Sample>, TestbedError> {
+    let mut samples = Vec::new();
+    let mut next = started;
+    while !stop.load(Ordering::Relaxed) {
+        samples.push(Sample {
+            at: started.elapsed(),
+            source: source.value(Field::Progress)?,
+            target: target.map_or(Ok(0), |page| page.value(Field::Progress))?,
+        });
+        next = (next + SAMPLE_INTERVAL).max(Instant::now());
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    Ok(samples)
+}
+
+fn evaluate(started: Instant, samples: &[Sample]) -> Seen {
+    let (progress, moved_at) = one_guest(samples);
+    let (blackout_at, blackout) = longest_standstill(&progress);
+    let curve = curve(&progress);
+    // Whole buckets before the blackout; without any, all of them.
+    let before = buckets(blackout_at).min(curve.len());
+    let normal_per_s = median(&curve[..before])
+        .or_else(|| median(&curve))
+        .unwrap_or(0);
+    let slow = curve
+        .iter()
+        .filter(|&&rate| rate < normal_per_s / 2)
+        .count();
+    let resolution = samples
+        .windows(2)
+        .map(|pair| pair[1].at.saturating_sub(pair[0].at))
+        .max()
+        .unwrap_or_default();
+    Seen {
+        started,
+        blackout,
+        blackout_at,
+        moved_at,
+        brownout: BUCKET * u32::try_from(slow).unwrap_or(u32::MAX),
+        normal_per_s,
+        curve,
+        resolution,
+    }
+}
+
+/// The two counters as one, and the moment of the move.
+///
+/// The target's copy of the counter changes whenever the page is copied. It counts as the guest's
+/// own progress once it is past the last value that the source ever had.
+fn one_guest(samples: &[Sample]) -> (Vec<(Duration, u64)>, Option<Duration>) {
+    let last_at_source = samples.last().map_or(0, |sample| sample.source);
+    let is_there = |sample: &&Sample| sample.target > last_at_source;
+    let moved_at = samples.iter().find(is_there).map(|sample| sample.at);
+    let progress = samples
+        .iter()
+        .map(|sample| match moved_at {
+            Some(moved) if sample.at >= moved => (sample.at, sample.target),
+            _ => (sample.at, sample.source),
+        })
+        .collect();
+    (progress, moved_at)
+}
+
+/// When the longest time without a change began, and how long it was.
+fn longest_standstill(progress: &[(Duration, u64)]) -> (Duration, Duration) {
+    let Some(&(first, mut value)) = progress.first() else {
+        return Default::default();
+    };
+    let (mut since, mut longest) = (first, (first, Duration::ZERO));
+    for &(at, now) in progress {
+        let still = at.saturating_sub(since);
+        if still > longest.1 {
+            longest = (since, still);
+        }
+        if now != value {
+            (since, value) = (at, now);
+        }
+    }
+    longest
+}
+
+fn curve(progress: &[(Duration, u64)]) -> Vec<u64> {
+    let mut curve = Vec::new();
+    let Some(&(mut begin, mut value)) = progress.first() else {
+        return curve;
+    };
+    for &(at, now) in progress {
+        let width = at.saturating_sub(begin);
+        if width >= BUCKET {
+            let steps = u128::from(now.saturating_sub(value)) * 1_000_000_000;
+            let rate = u64::try_from(steps / width.as_nanos()).unwrap_or(u64::MAX);
+            // A probe that was held up fills all the buckets that it missed.
+            curve.extend(std::iter::repeat_n(rate, buckets(width)));
+            (begin, value) = (at, now);
+        }
+    }
+    curve
+}
+
+fn buckets(time: Duration) -> usize {
+    usize::try_from(time.as_nanos() / BUCKET.as_nanos()).unwrap_or(usize::MAX)
+}
+
+fn median(rates: &[u64]) -> Option<u64> {
+    let mut sorted = rates.to_vec();
+    sorted.sort_unstable();
+    sorted.get(sorted.len() / 2).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest that steps once a millisecond, is copied in between, stands still from 500 to 530 ms
+    /// and goes on at the target.
+    fn moved() -> Vec<Sample> {
+        (0..1000)
+            .map(|ms: u64| Sample {
+                at: Duration::from_millis(ms),
+                source: ms.min(500),
+                target: match ms {
+                    0..200 => 0,
+                    200..510 => 200,
+                    510..530 => 500,
+                    _ => 500 + (ms - 529),
+                },
+            })
+            .collect()
+    }
+
+    #[test]
+    fn copying_the_counter_is_no_progress() {
+        let seen = evaluate(Instant::now(), &moved());
+        assert_eq!(seen.blackout_at, Duration::from_millis(500));
+        assert_eq!(seen.blackout, Duration::from_millis(30));
+        assert_eq!(seen.moved_at, Some(Duration::from_millis(530)));
+        assert_eq!(seen.resolution, Duration::from_millis(1));
+        assert_eq!(seen.normal_per_s, 1000);
+        let brownout_ms = seen.brownout.as_millis();
+        assert!((20..=50).contains(&brownout_ms), "{brownout_ms}");
+    }
+
+    #[test]
+    fn a_guest_that_stays_has_not_moved() {
+        let mut samples = moved();
+        for sample in &mut samples {
+            sample.target = sample.target.min(sample.source);
+            sample.source = 2 * u64::try_from(sample.at.as_millis()).unwrap();
+        }
+        let seen = evaluate(Instant::now(), &samples);
+        assert_eq!(seen.moved_at, None);
+        assert_eq!(seen.blackout, Duration::from_millis(1));
+    }
+
+    #[test]
+    fn a_guest_that_never_comes_back_is_black_to_the_end() {
+        let mut samples = moved();
+        for sample in &mut samples {
+            sample.target = sample.target.min(500);
+        }
+        let seen = evaluate(Instant::now(), &samples);
+        assert_eq!(seen.moved_at, None);
+        assert_eq!(seen.blackout, Duration::from_millis(499));
+    }
+}

@@ -1,0 +1,192 @@
+//! Guest RAM from outside, and the status page in it.
+//!
+//! Only ever with `pread`, and only where there is data: a look through a mapping would allocate
+//! the holes that a migration's target must keep.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+
+use crate::fields::{Field, MAGIC, VERSION};
+use crate::{PAGE_SIZE, TestbedError};
+
+/// Read at once while searching.
+const CHUNK: usize = 256 * PAGE_SIZE;
+
+/// One file of guest RAM, kept open: it can be read also after its QEMU has gone.
+#[derive(Clone, Debug)]
+pub struct Ram {
+    path: PathBuf,
+    file: Arc<File>,
+}
+
+impl Ram {
+    /// Opens a RAM file for reading.
+    pub fn open(path: &Path) -> Result<Self, TestbedError> {
+        let file =
+            File::open(path).map_err(TestbedError::io(format!("open {}", path.display())))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file: Arc::new(file),
+        })
+    }
+
+    /// Its path, as long as its QEMU lives.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Size in bytes.
+    pub fn len(&self) -> Result<u64, TestbedError> {
+        Ok(self.file.metadata().map_err(self.error())?.len())
+    }
+
+    /// Whether it has no bytes at all.
+    pub fn is_empty(&self) -> Result<bool, TestbedError> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Reads bytes at `offset`; holes read as zeros and stay holes.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), TestbedError> {
+        self.file.read_exact_at(into, offset).map_err(self.error())
+    }
+
+    /// Calls `look` for chunks of pages, with their offset, wherever there is data.
+    pub fn each_chunk(&self, mut look: impl FnMut(u64, &[u8])) -> Result<(), TestbedError> {
+        let end = self.len()?;
+        let mut buffer = vec![0; CHUNK];
+        let mut at = 0;
+        while let Some(data) = self.seek(at, Whence::SeekData)? {
+            let hole = self.seek(data, Whence::SeekHole)?.unwrap_or(end);
+            at = data;
+            while at < hole {
+                let length = usize::try_from(hole - at).map_or(CHUNK, |left| left.min(CHUNK));
+                self.read_at(at, &mut buffer[..length])?;
+                look(at, &buffer[..length]);
+                at += length as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds the status page of the guest that booted last, if any is here.
+    pub fn find_status(&self) -> Result<Option<StatusPage>, TestbedError> {
+        let mut found: Vec<StatusPage> = Vec::new();
+        self.each_chunk(|offset, chunk| {
+            for (at, page) in chunk.chunks_exact(PAGE_SIZE).enumerate() {
+                if [word(page, 0), word(page, 8)] == MAGIC {
+                    found.push(StatusPage {
+                        ram: self.clone(),
+                        offset: offset + (at * PAGE_SIZE) as u64,
+                    });
+                }
+            }
+        })?;
+        let mut newest = None;
+        for page in found {
+            let status = page.read()?;
+            let booted = status.value(Field::BootedAtNs);
+            let is_newer = newest.as_ref().is_none_or(|&(_, last)| booted > last);
+            if status.value(Field::Version) == VERSION && is_newer {
+                newest = Some((page, booted));
+            }
+        }
+        Ok(newest.map(|(page, _)| page))
+    }
+
+    /// The status page, when it is known to be page `number`.
+    pub(crate) fn status_at(&self, number: u64) -> StatusPage {
+        StatusPage {
+            ram: self.clone(),
+            offset: number * PAGE_SIZE as u64,
+        }
+    }
+
+    fn seek(&self, from: u64, whence: Whence) -> Result<Option<u64>, TestbedError> {
+        let from = i64::try_from(from).expect("a file offset fits in i64");
+        match lseek(&*self.file, from, whence) {
+            Ok(at) => Ok(Some(
+                u64::try_from(at).expect("lseek answers no negative offset"),
+            )),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(errno) => Err(self.error()(errno.into())),
+        }
+    }
+
+    fn error(&self) -> impl FnOnce(io::Error) -> TestbedError + use<> {
+        TestbedError::io(format!("read {}", self.path.display()))
+    }
+}
+
+/// Where a guest's status page is.
+#[derive(Clone, Debug)]
+pub struct StatusPage {
+    ram: Ram,
+    offset: u64,
+}
+
+impl StatusPage {
+    /// Offset of the page in its RAM file.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The RAM that it is in.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// The same place in the RAM of another machine: where this guest will count on after a move.
+    #[must_use]
+    pub fn in_ram(&self, ram: &Ram) -> Self {
+        Self {
+            ram: ram.clone(),
+            offset: self.offset,
+        }
+    }
+
+    /// Reads all counters.
+    pub fn read(&self) -> Result<Status, TestbedError> {
+        let mut page = [0; PAGE_SIZE];
+        self.ram.read_at(self.offset, &mut page)?;
+        Ok(Status(page))
+    }
+
+    /// Reads one counter.
+    pub fn value(&self, field: Field) -> Result<u64, TestbedError> {
+        let mut bytes = [0; size_of::<u64>()];
+        self.ram.read_at(self.offset + field as u64, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+}
+
+/// A guest's counters at one moment.
+#[derive(Clone, Debug)]
+pub struct Status([u8; PAGE_SIZE]);
+
+impl Status {
+    /// One counter.
+    pub fn value(&self, field: Field) -> u64 {
+        word(&self.0, field as usize)
+    }
+
+    /// Pages and disk blocks found bad, and disk operations that failed: what must be zero.
+    pub fn faults(&self) -> u64 {
+        [Field::Bad, Field::DiskBad, Field::DiskErrors]
+            .map(|field| self.value(field))
+            .iter()
+            .sum()
+    }
+}
+
+fn word(page: &[u8], at: usize) -> u64 {
+    let bytes = page[at..at + size_of::<u64>()]
+        .try_into()
+        .expect("the slice has the length of a word");
+    u64::from_le_bytes(bytes)
+}
