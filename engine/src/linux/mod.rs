@@ -1,1 +1,33 @@
 //! Linux as the engine needs it: the only unsafe code of the project.
+//!
+//! A guest's VMM is another process, and it is not asked for help. So everything here works on a
+//! process from outside:
+//!
+//! | module | gives |
+//! |---|---|
+//! | [`pidfd`] | a process that cannot be mistaken for a later one with the same number |
+//! | [`inject`] | one system call, run by that process |
+//! | [`uffd`] | a userfaultfd, whichever address space it belongs to |
+//! | [`pagemap`] | which of the process's pages were written |
+//! | [`maps`] | its mappings, parsed |
+//! | [`ram_file`], [`mapping`] | the file behind its guest RAM, opened through its own descriptors |
+//! | [`tracker`], [`shared_ram`] | the two put together as [`Tracker`](crate::vmm::Tracker) and [`Ram`](crate::vmm::Ram) |
+//! | [`preflight`] | whether any of it will work, and what to do if not |
+
+pub mod error;
+pub mod inject;
+pub mod mapping;
+pub mod maps;
+pub mod pagemap;
+pub mod pidfd;
+pub mod preflight;
+pub mod ram_file;
+pub mod shared_ram;
+pub mod tracker;
+pub mod uffd;
+
+pub use error::Error;
+pub use pidfd::{Process, ProcessId, RemoteFd};
+pub use ram_file::{Access, RamFile};
+pub use shared_ram::{RamPart, SharedRam};
+pub use tracker::{RamTracker, TrackedRange};

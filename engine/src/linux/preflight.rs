@@ -1,0 +1,127 @@
+//! Whether a process can be tracked, asked before anything is touched.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::libc;
+
+use super::pagemap::Pagemap;
+use super::uffd::{Features, Uffd};
+use super::{Error, Process, inject};
+use crate::vmm::Rearm;
+
+/// The capability that permits userfaultfds for faults in the kernel: its bit in `CapEff`.
+const CAP_SYS_PTRACE: u32 = 19;
+
+/// Where an administrator permits userfaultfds to everyone.
+const UNPRIVILEGED: &str = "/proc/sys/vm/unprivileged_userfaultfd";
+
+/// Something that stands in the way of tracking. The text says what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Finding {
+    /// The kernel cannot tell which pages were written.
+    #[error(
+        "this kernel lacks PAGEMAP_SCAN: run Linux 6.7 or newer, built with CONFIG_PROC_PAGE_MONITOR"
+    )]
+    NoPagemapScan {
+        /// How it failed.
+        source: Error,
+    },
+    /// The kernel cannot write-protect guest RAM without help.
+    #[error(
+        "this kernel's userfaultfd lacks asynchronous write-protection of shared memory: run Linux 6.7 or newer, built with CONFIG_USERFAULTFD and CONFIG_PTE_MARKER_UFFD_WP"
+    )]
+    NoAsyncWriteProtect {
+        /// How it failed.
+        source: Error,
+    },
+    /// The process may not be traced.
+    #[error("{0}")]
+    NotTraceable(Error),
+    /// The process may not make a userfaultfd that sees faults in the kernel.
+    #[error(
+        "process {pid} may not use userfaultfd: set vm.unprivileged_userfaultfd=1 with sysctl, or run it as root"
+    )]
+    NoUserfaultfd {
+        /// The process.
+        pid: nix::unistd::Pid,
+    },
+}
+
+/// Tells everything that stands in the way of tracking `process`, all at once. Changes nothing in it.
+///
+/// Fails only when the process cannot be looked at, with [`Error::Gone`] for one that has ended.
+pub fn check(process: &Process) -> Result<Vec<Finding>, Error> {
+    let mut findings = Vec::new();
+    findings.extend(
+        try_pagemap_scan()
+            .err()
+            .map(|source| Finding::NoPagemapScan { source }),
+    );
+    let features = try_features();
+    findings.extend(
+        features
+            .err()
+            .map(|source| Finding::NoAsyncWriteProtect { source }),
+    );
+    match inject::check_permitted(process) {
+        Ok(()) => {}
+        Err(error @ Error::Gone { .. }) => return Err(error),
+        Err(error) => findings.push(Finding::NotTraceable(error)),
+    }
+    if !may_use_userfaultfd(process)? {
+        findings.push(Finding::NoUserfaultfd { pid: process.pid() });
+    }
+    Ok(findings)
+}
+
+/// Scans a page of our own, which is not tracked: a kernel that knows the call says so by refusing.
+fn try_pagemap_scan() -> Result<(), Error> {
+    let us = Process::open(nix::unistd::Pid::this())?;
+    let here = std::ptr::from_ref(&us).addr() as u64;
+    let page = crate::core::layout::PAGE_SIZE as u64;
+    let start = here - here % page;
+    match Pagemap::open(&us)?.scan(&(start..start + page), Rearm::No, &mut |_| {}) {
+        Ok(()) | Err(Error::Unwatched { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Asks a userfaultfd of our own, of the kind that is permitted to everyone.
+fn try_features() -> Result<(), Error> {
+    let uffd =
+        Uffd::from_fd(user_mode_userfaultfd().map_err(|error| Error::call("userfaultfd", error))?);
+    uffd.api(Features::TRACK_WRITES).map(drop)
+}
+
+/// The kernel permits it to a process that has the capability, and to all when the setting is 1.
+fn may_use_userfaultfd(process: &Process) -> Result<bool, Error> {
+    let setting = std::fs::read_to_string(UNPRIVILEGED);
+    if setting.is_ok_and(|text| text.trim() == "1") {
+        return Ok(true);
+    }
+    let status = process.read_proc("status")?;
+    let status = String::from_utf8_lossy(&status);
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let Some(effective) = effective else {
+        return Err(Error::Proc {
+            file: "status",
+            line: "CapEff".into(),
+        });
+    };
+    Ok(effective & (1 << CAP_SYS_PTRACE) != 0)
+}
+
+fn user_mode_userfaultfd() -> io::Result<OwnedFd> {
+    /// `UFFD_USER_MODE_ONLY`.
+    const USER_MODE_ONLY: libc::c_int = 1;
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+    // SAFETY: userfaultfd takes an integer and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    let number = RawFd::try_from(Errno::result(result)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}

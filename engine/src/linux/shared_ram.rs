@@ -1,0 +1,328 @@
+//! Guest RAM in shared files, as [`Ram`].
+
+use std::cell::RefCell;
+use std::io;
+use std::ops::Range;
+use std::thread;
+
+use super::mapping::GuestMapping;
+use super::{Access, RamFile};
+use crate::core::layout::{Layout, LayoutError, PAGE_SIZE, PageRange, Region, RegionIndex};
+use crate::vmm::{Ram, VmmError};
+
+/// Bytes that move at once between a stream and guest RAM: small enough to stay in a core's cache
+/// between the two copies, large enough that a system call for each does not count.
+const CHUNK_BYTES: usize = 256 * 1024;
+
+/// Threads that look for old bytes in the target's RAM.
+const BLANK_THREADS: u64 = 2;
+
+/// What a blank page is compared with, and written from.
+static ZEROS: [u8; CHUNK_BYTES] = [0; CHUNK_BYTES];
+
+thread_local! {
+    /// Each page worker's buffer, made once and used for every chunk.
+    static CHUNK: RefCell<Vec<u8>> = RefCell::new(vec![0; CHUNK_BYTES]);
+}
+
+/// One region of guest RAM: a part of a file.
+#[derive(Debug)]
+pub struct RamPart {
+    /// The region's name, equal at source and target.
+    pub name: String,
+    /// The file that holds it.
+    pub file: RamFile,
+    /// Which bytes of the file, whole pages of its backing.
+    pub bytes: Range<u64>,
+}
+
+/// Why a list of parts cannot serve as guest RAM.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RamError {
+    /// The parts are no layout.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The file is shorter than the part of it that the guest has.
+    #[error(
+        "the file behind RAM region {name:?} has {file_bytes} bytes, {wanted_bytes} are needed"
+    )]
+    FileTooShort {
+        /// The region.
+        name: String,
+        /// Length of the file.
+        file_bytes: u64,
+        /// Where the region ends in it.
+        wanted_bytes: u64,
+    },
+    /// The part is not made of whole pages of its backing.
+    #[error("RAM region {name:?} does not start and end with a page of {page_bytes} bytes")]
+    PartialPage {
+        /// The region.
+        name: String,
+        /// Page size of the backing.
+        page_bytes: u32,
+    },
+    /// The file could not be mapped.
+    #[error("mapping RAM region {name:?} failed")]
+    Map {
+        /// The region.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A region with the means to get at its bytes.
+#[derive(Debug)]
+struct Backing {
+    name: String,
+    file: RamFile,
+    bytes: Range<u64>,
+    /// For writing to hugetlbfs, which knows no `write`.
+    mapping: Option<GuestMapping>,
+}
+
+/// Guest RAM in shared files.
+#[derive(Debug)]
+pub struct SharedRam {
+    layout: Layout,
+    /// One for each region, in the layout's order.
+    backings: Vec<Backing>,
+}
+
+impl SharedRam {
+    /// Checks the parts and puts them in the order of the layout. All files have been opened for
+    /// `access`.
+    pub fn new(mut parts: Vec<RamPart>, access: Access) -> Result<Self, RamError> {
+        parts.iter().try_for_each(check_part)?;
+        let layout = Layout::new(parts.iter().map(region_of).collect())?;
+        parts.sort_by(|a, b| a.name.cmp(&b.name));
+        let backings = parts
+            .into_iter()
+            .map(|part| Backing::new(part, access))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { layout, backings })
+    }
+
+    /// Checks a range and turns it into bytes of a backing's file.
+    fn place(
+        &self,
+        region: RegionIndex,
+        range: PageRange,
+        buffer_len: Option<usize>,
+    ) -> Result<(&Backing, Range<u64>), VmmError> {
+        let fits = self.layout.contains(region, range)
+            && buffer_len.is_none_or(|length| length as u64 == range.byte_len());
+        let backing = self.backings.get(usize::from(region.0)).filter(|_| fits);
+        let Some(backing) = backing else {
+            return Err(VmmError::Unfit {
+                what: format!("{range} of {region} is outside of guest RAM or has another length"),
+            });
+        };
+        let within = range.bytes();
+        let start = backing.bytes.start;
+        Ok((backing, start + within.start..start + within.end))
+    }
+}
+
+impl Ram for SharedRam {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn read(&self, region: RegionIndex, range: PageRange, into: &mut [u8]) -> Result<(), VmmError> {
+        let (backing, bytes) = self.place(region, range, Some(into.len()))?;
+        let outcome = backing.file.read(bytes.start, into);
+        outcome.map_err(|error| backing.failure("reading", error))
+    }
+
+    fn populated(
+        &self,
+        region: RegionIndex,
+        found: &mut dyn FnMut(PageRange),
+    ) -> Result<(), VmmError> {
+        let all = self
+            .layout
+            .region(region)
+            .map_or(PageRange::new(0, 0), Region::all);
+        let (backing, bytes) = self.place(region, all, None)?;
+        let start = bytes.start;
+        let outcome = backing.file.data_extents(bytes, |extent| {
+            found(PageRange::covering(
+                extent.start - start..extent.end - start,
+            ));
+            Ok(())
+        });
+        outcome.map_err(|error| backing.failure("looking for the data of", error))
+    }
+
+    fn blank(&self) -> Result<(), VmmError> {
+        for backing in &self.backings {
+            let outcome = in_pieces(&backing.bytes, |bytes| backing.blank(bytes));
+            outcome.map_err(|error| backing.failure("clearing", error))?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, region: RegionIndex, range: PageRange, from: &[u8]) -> Result<(), VmmError> {
+        let (backing, bytes) = self.place(region, range, Some(from.len()))?;
+        let outcome = backing.write(bytes.start, from);
+        outcome.map_err(|error| backing.failure("writing", error))
+    }
+
+    fn receive(
+        &self,
+        region: RegionIndex,
+        range: PageRange,
+        from: &mut dyn io::Read,
+        seed: crc32fast::Hasher,
+    ) -> Result<crc32fast::Hasher, VmmError> {
+        let (backing, bytes) = self.place(region, range, None)?;
+        let mut hasher = seed;
+        let outcome = in_chunks(bytes, |offset, chunk| {
+            from.read_exact(chunk).map_err(ReceiveError::Stream)?;
+            hasher.update(chunk);
+            backing.write(offset, chunk).map_err(ReceiveError::Ram)
+        });
+        match outcome {
+            Ok(()) => Ok(hasher),
+            Err(ReceiveError::Stream(error)) => Err(VmmError::io("reading pages", error)),
+            Err(ReceiveError::Ram(error)) => Err(backing.failure("writing", error)),
+        }
+    }
+
+    fn zero(&self, region: RegionIndex, range: PageRange) -> Result<(), VmmError> {
+        let (backing, bytes) = self.place(region, range, None)?;
+        let outcome = backing.blank(bytes);
+        outcome.map_err(|error| backing.failure("clearing", error))
+    }
+}
+
+/// Which side failed while bytes moved from a stream to guest RAM.
+enum ReceiveError {
+    Stream(io::Error),
+    Ram(io::Error),
+}
+
+impl Backing {
+    fn new(part: RamPart, access: Access) -> Result<Self, RamError> {
+        let RamPart { name, file, bytes } = part;
+        let mapping = match access {
+            Access::ReadWrite if file.is_hugetlb() => GuestMapping::new(&file, &bytes).map(Some),
+            Access::ReadWrite | Access::Read => Ok(None),
+        };
+        match mapping {
+            Ok(mapping) => Ok(Self {
+                name,
+                file,
+                bytes,
+                mapping,
+            }),
+            Err(source) => Err(RamError::Map { name, source }),
+        }
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        match &self.mapping {
+            Some(mapping) => mapping.write(offset - self.bytes.start, from),
+            None => self.file.write(offset, from),
+        }
+    }
+
+    /// Makes bytes of the file read as zeros. Holes stay holes, and what is allocated stays allocated:
+    /// RAM that was allocated ahead of time stays so, with the VMM's page tables as they are, which
+    /// punching would undo. What is zero already is not written.
+    fn blank(&self, bytes: Range<u64>) -> io::Result<()> {
+        self.file.data_extents(bytes, |extent| {
+            in_chunks(extent, |offset, chunk| {
+                self.file.read(offset, chunk)?;
+                let zeros = &ZEROS[..chunk.len()];
+                if *chunk == *zeros {
+                    Ok(())
+                } else {
+                    self.write(offset, zeros)
+                }
+            })
+        })
+    }
+
+    fn failure(&self, what: &str, error: io::Error) -> VmmError {
+        let name = &self.name;
+        match error.kind() {
+            io::ErrorKind::StorageFull => VmmError::io(
+                format!("no room for RAM region {name:?}: the file system behind it is full"),
+                error,
+            ),
+            _ => VmmError::io(format!("{what} RAM region {name:?} failed"), error),
+        }
+    }
+}
+
+fn check_part(part: &RamPart) -> Result<(), RamError> {
+    let page_bytes = part.file.backing_page_bytes();
+    let whole = |offset: u64| offset.is_multiple_of(page_bytes.into());
+    if part.bytes.end > part.file.byte_len() {
+        return Err(RamError::FileTooShort {
+            name: part.name.clone(),
+            file_bytes: part.file.byte_len(),
+            wanted_bytes: part.bytes.end,
+        });
+    }
+    if !whole(part.bytes.start) || !whole(part.bytes.end) {
+        return Err(RamError::PartialPage {
+            name: part.name.clone(),
+            page_bytes,
+        });
+    }
+    Ok(())
+}
+
+fn region_of(part: &RamPart) -> Region {
+    Region {
+        name: part.name.clone(),
+        bytes: part.bytes.end.saturating_sub(part.bytes.start),
+        backing_page_bytes: part.file.backing_page_bytes(),
+    }
+}
+
+/// Calls `each` for one chunk of `bytes` after the other, with its offset and a buffer of its length.
+fn in_chunks<E>(
+    bytes: Range<u64>,
+    mut each: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    CHUNK.with_borrow_mut(|buffer| {
+        let mut offset = bytes.start;
+        while offset < bytes.end {
+            let rest = usize::try_from(bytes.end - offset).unwrap_or(usize::MAX);
+            let length = rest.min(buffer.len());
+            each(offset, &mut buffer[..length])?;
+            offset += length as u64;
+        }
+        Ok(())
+    })
+}
+
+/// Calls `work` for pieces of `bytes`, whole pages each, in threads of their own.
+fn in_pieces(
+    bytes: &Range<u64>,
+    work: impl Fn(Range<u64>) -> io::Result<()> + Sync,
+) -> io::Result<()> {
+    let piece = (bytes.end - bytes.start).div_ceil(BLANK_THREADS);
+    let piece = piece.next_multiple_of(PAGE_SIZE as u64);
+    let work = &work;
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..BLANK_THREADS)
+            .map(|index| {
+                let start = (bytes.start + index * piece).min(bytes.end);
+                let end = (start + piece).min(bytes.end);
+                scope.spawn(move || work(start..end))
+            })
+            .collect();
+        threads.into_iter().try_for_each(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })
+}

@@ -1,0 +1,249 @@
+//! Exact dirty tracking of another process's memory, as [`Tracker`].
+//!
+//! A userfaultfd is made inside the process, taken out of it, and registered on guest RAM with
+//! asynchronous write-protection: the kernel lifts the protection of a page at its first write and
+//! goes on, and what is unprotected is what was written. From then on the process is only looked at.
+//! When the last descriptor is closed the kernel ends the tracking, so not even our death leaves the
+//! guest with more than a few microseconds of page faults.
+//!
+//! Not seen are writes that do not go through this process's page tables: those of other processes
+//! that share the memory, and of devices into pages that were pinned before they were protected. The
+//! VMM's adapter must refuse or drain these.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::pagemap::Pagemap;
+use super::uffd::{Features, Mode, RangeIoctls, Uffd};
+use super::{Access, Error, Process, RamFile, RemoteFd, inject, maps};
+use crate::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
+use crate::vmm::{Rearm, Tracker, VmmError};
+
+/// What the kernel calls a userfaultfd under `/proc/PID/fd`.
+const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
+
+/// Bytes that one entry of the second level of page tables maps on x86-64.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
+/// Guest RAM within the process: page 0 of `region` is at the first address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrackedRange {
+    /// Which region.
+    pub region: RegionIndex,
+    /// Its addresses in the process, whole pages of the memory's backing.
+    pub addresses: Range<u64>,
+}
+
+impl TrackedRange {
+    fn pages(&self, written: &Range<u64>) -> PageRange {
+        let base = self.addresses.start;
+        PageRange::covering(written.start - base..written.end - base)
+    }
+}
+
+/// Tracks writes of one process. Dropping it stops it.
+#[derive(Debug)]
+pub struct RamTracker {
+    process: Arc<Process>,
+    ranges: Vec<TrackedRange>,
+    watch: Option<Watch>,
+}
+
+impl RamTracker {
+    /// A tracker for these ranges of the process. Does not touch it before it is started.
+    pub fn new(process: Arc<Process>, ranges: Vec<TrackedRange>) -> Self {
+        Self {
+            process,
+            ranges,
+            watch: None,
+        }
+    }
+
+    fn begin(&self) -> Result<Watch, Error> {
+        // Dropped on every error below, which undoes all that came before.
+        let watch = Watch::new(Arc::clone(&self.process))?;
+        watch.uffd.api(Features::TRACK_WRITES)?;
+        for range in &self.ranges {
+            let allowed = watch.uffd.register(&range.addresses, Mode::WP)?;
+            if !allowed.contains(RangeIoctls::WRITE_PROTECT) {
+                return Err(Error::Unwatched {
+                    start: range.addresses.start,
+                    end: range.addresses.end,
+                });
+            }
+        }
+        watch.split_huge_pages(&self.ranges)?;
+        // What is not protected counts as written: this finds it all and protects it.
+        watch.scan(&self.ranges, Rearm::Yes, &mut |_, _| {})?;
+        Ok(watch)
+    }
+}
+
+impl Tracker for RamTracker {
+    fn start(&mut self) -> Result<(), VmmError> {
+        if self.watch.is_none() {
+            self.watch = Some(self.begin()?);
+        }
+        Ok(())
+    }
+
+    fn collect(
+        &mut self,
+        rearm: Rearm,
+        found: &mut dyn FnMut(RegionIndex, PageRange),
+    ) -> Result<(), VmmError> {
+        let watch = self.watch.as_ref().ok_or_else(|| VmmError::Unfit {
+            what: "dirty tracking has not been started".into(),
+        })?;
+        watch.scan(&self.ranges, rearm, found)?;
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), VmmError> {
+        match self.watch.take() {
+            Some(watch) => Ok(watch.end(&self.ranges)?),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for RamTracker {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            tracing::warn!(pid = %self.process.pid(), %error, "dirty tracking was not ended cleanly");
+        }
+    }
+}
+
+/// A userfaultfd inside the process, our duplicate of it, and the process's page map.
+#[derive(Debug)]
+struct Watch {
+    remote: RemoteUffd,
+    uffd: Uffd,
+    pagemap: Pagemap,
+}
+
+impl Watch {
+    fn new(process: Arc<Process>) -> Result<Self, Error> {
+        let pagemap = Pagemap::open(&process)?;
+        let remote = RemoteUffd::new(process)?;
+        let uffd = Uffd::from_fd(remote.process.take_fd(remote.fd)?);
+        Ok(Self {
+            remote,
+            uffd,
+            pagemap,
+        })
+    }
+
+    fn scan(
+        &self,
+        ranges: &[TrackedRange],
+        rearm: Rearm,
+        found: &mut dyn FnMut(RegionIndex, PageRange),
+    ) -> Result<(), Error> {
+        let scanned = ranges.iter().try_for_each(|range| {
+            self.pagemap.scan(&range.addresses, rearm, &mut |written| {
+                found(range.region, range.pages(&written));
+            })
+        });
+        // The memory of a process that has ended is empty. Some kernels call that an error, others
+        // find nothing written in it.
+        self.remote.process.check_alive()?;
+        scanned
+    }
+
+    /// Has transparent huge pages mapped as small ones, so that a write shows one small page.
+    ///
+    /// Protected as a whole, a huge page counts as written as a whole: a guest on tmpfs with
+    /// `huge=always` would send 2 MiB for every byte. The kernel splits the mapping, not the page,
+    /// when a part of it is to be protected, and makes no new huge mapping while it is tracked. KVM's
+    /// own dirty log does the same. Pages of hugetlbfs cannot be split.
+    fn split_huge_pages(&self, ranges: &[TrackedRange]) -> Result<(), Error> {
+        let process = &self.remote.process;
+        let mappings = maps::runs(maps::of_process(process)?);
+        for TrackedRange { addresses, .. } in ranges {
+            let mapping = mappings
+                .iter()
+                .find(|mapping| mapping.start <= addresses.start && addresses.end <= mapping.end);
+            let Some(mapping) = mapping else { continue };
+            match RamFile::open(process, mapping, Access::Read) {
+                Ok(file) if file.is_hugetlb() => continue,
+                // Without a file it is no hugetlbfs either, whose pages always have one.
+                Ok(_) | Err(Error::NoSuchFile { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            let mut at = addresses.start.next_multiple_of(HUGE_PAGE_BYTES);
+            while at < addresses.end {
+                let small_page = at..at + PAGE_SIZE as u64;
+                self.pagemap.scan(&small_page, Rearm::Yes, &mut |_| {})?;
+                at += HUGE_PAGE_BYTES;
+            }
+        }
+        Ok(())
+    }
+
+    fn end(self, ranges: &[TrackedRange]) -> Result<(), Error> {
+        let Self {
+            mut remote, uffd, ..
+        } = self;
+        // Should the process not let itself be stopped now, it keeps an idle descriptor at worst.
+        for range in ranges {
+            if let Err(error) = uffd.unregister(&range.addresses) {
+                // Memory that was unmapped cannot be unregistered, and needs not be.
+                tracing::debug!(%error, region = %range.region, "a range was not unregistered");
+            }
+        }
+        drop(uffd);
+        remote.close()
+    }
+}
+
+/// A userfaultfd that the process made for us and does not know of. Dropping it closes it there.
+#[derive(Debug)]
+struct RemoteUffd {
+    process: Arc<Process>,
+    fd: RemoteFd,
+    open: bool,
+}
+
+impl RemoteUffd {
+    fn new(process: Arc<Process>) -> Result<Self, Error> {
+        let fd = inject::userfaultfd(&process)?;
+        Ok(Self {
+            process,
+            fd,
+            open: true,
+        })
+    }
+
+    /// Closes it in the process. A process that has ended has closed it itself.
+    fn close(&mut self) -> Result<(), Error> {
+        if !self.open {
+            return Ok(());
+        }
+        match self.close_in_process() {
+            Err(Error::Gone { .. }) => {}
+            outcome => outcome?,
+        }
+        self.open = false;
+        Ok(())
+    }
+
+    fn close_in_process(&self) -> Result<(), Error> {
+        let pid = self.process.pid();
+        // Nobody else knows this descriptor. But to close one of the guest's disks is not to be undone.
+        if self.process.fd_link(self.fd)? != USERFAULTFD_LINK {
+            return Err(Error::ForeignFd { pid, fd: self.fd });
+        }
+        inject::close(&self.process, self.fd)
+    }
+}
+
+impl Drop for RemoteUffd {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::warn!(pid = %self.process.pid(), fd = %self.fd, %error,
+                "a userfaultfd was left open in a process");
+        }
+    }
+}

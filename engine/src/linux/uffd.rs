@@ -1,0 +1,205 @@
+//! A userfaultfd, whichever address space it belongs to.
+//!
+//! The descriptor acts on the address space that made it, whoever calls: taken out of another process
+//! with [`Process::take_fd`](super::Process::take_fd), it serves us as it would serve that process.
+
+use std::ops::{BitAnd, BitOr, Range};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::libc;
+
+use super::Error;
+
+/// The only version of the interface that there is.
+const API_VERSION: u64 = 0xAA;
+
+/// Group of the ioctls.
+const GROUP: u8 = 0xAA;
+
+/// A set of `UFFD_FEATURE_*`, agreed once for each descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features(u64);
+
+impl Features {
+    /// Write-protection is understood at all.
+    pub const PAGEFAULT_FLAG_WP: Self = Self(1 << 0);
+    /// Write-protection of shared and of huge pages.
+    pub const WP_HUGETLBFS_SHMEM: Self = Self(1 << 12);
+    /// Write-protection also of pages that are not there yet.
+    pub const WP_UNPOPULATED: Self = Self(1 << 13);
+    /// The kernel itself resolves a write to a protected page, and nobody has to answer.
+    pub const WP_ASYNC: Self = Self(1 << 15);
+
+    /// What tracking writes from outside takes.
+    pub const TRACK_WRITES: Self = Self(
+        Self::PAGEFAULT_FLAG_WP.0
+            | Self::WP_HUGETLBFS_SHMEM.0
+            | Self::WP_UNPOPULATED.0
+            | Self::WP_ASYNC.0,
+    );
+
+    /// True when every feature of `wanted` is in this set.
+    pub fn contains(self, wanted: Self) -> bool {
+        self & wanted == wanted
+    }
+}
+
+impl BitOr for Features {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+impl BitAnd for Features {
+    type Output = Self;
+
+    fn bitand(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+}
+
+/// Which faults on a range a userfaultfd sees: `UFFDIO_REGISTER_MODE_*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mode(u64);
+
+impl Mode {
+    /// Writes to protected pages.
+    pub const WP: Self = Self(1 << 1);
+}
+
+/// Which ioctls a registered range allows, one bit each by ioctl number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeIoctls(u64);
+
+impl RangeIoctls {
+    /// Protecting pages and lifting the protection.
+    pub const WRITE_PROTECT: Self = Self(1 << 6);
+
+    /// True when every ioctl of `wanted` is allowed.
+    pub fn contains(self, wanted: Self) -> bool {
+        self.0 & wanted.0 == wanted.0
+    }
+}
+
+/// A userfaultfd.
+#[derive(Debug)]
+pub struct Uffd(OwnedFd);
+
+impl Uffd {
+    /// Takes over a descriptor that is known to be a userfaultfd.
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// Agrees the features; the first call on every descriptor, once. Returns all that the kernel
+    /// has. Fails with `EINVAL` when it lacks one of them.
+    pub fn api(&self, features: Features) -> Result<Features, Error> {
+        let mut arg = ApiArg {
+            api: API_VERSION,
+            features: features.0,
+            ioctls: 0,
+        };
+        ioctl_api(self.0.as_fd(), &mut arg).map_err(|error| Error::call("UFFDIO_API", error))?;
+        Ok(Features(arg.features))
+    }
+
+    /// Begins to watch the mappings at `addresses`, which must be whole pages of their backing.
+    ///
+    /// Fails with [`Error::Watched`] when another userfaultfd watches any of them.
+    pub fn register(&self, addresses: &Range<u64>, mode: Mode) -> Result<RangeIoctls, Error> {
+        let mut arg = RegisterArg {
+            range: RangeArg::from(addresses),
+            mode: mode.0,
+            ioctls: 0,
+        };
+        match ioctl_register(self.0.as_fd(), &mut arg) {
+            Ok(()) => Ok(RangeIoctls(arg.ioctls)),
+            Err(Errno::EBUSY) => Err(Error::Watched {
+                start: addresses.start,
+                end: addresses.end,
+            }),
+            Err(error) => Err(Error::call("UFFDIO_REGISTER", error)),
+        }
+    }
+
+    /// Ends the watch and lifts every protection.
+    pub fn unregister(&self, addresses: &Range<u64>) -> Result<(), Error> {
+        ioctl_unregister(self.0.as_fd(), &RangeArg::from(addresses))
+            .map_err(|error| Error::call("UFFDIO_UNREGISTER", error))
+    }
+
+    /// Wakes every thread that a fault in the range has blocked: it tries again.
+    pub fn wake(&self, addresses: &Range<u64>) -> Result<(), Error> {
+        ioctl_wake(self.0.as_fd(), &RangeArg::from(addresses))
+            .map_err(|error| Error::call("UFFDIO_WAKE", error))
+    }
+}
+
+#[repr(C)]
+struct ApiArg {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct RangeArg {
+    start: u64,
+    len: u64,
+}
+
+impl From<&Range<u64>> for RangeArg {
+    fn from(addresses: &Range<u64>) -> Self {
+        Self {
+            start: addresses.start,
+            len: addresses.end.saturating_sub(addresses.start),
+        }
+    }
+}
+
+#[repr(C)]
+struct RegisterArg {
+    range: RangeArg,
+    mode: u64,
+    ioctls: u64,
+}
+
+const API: libc::c_ulong = nix::request_code_readwrite!(GROUP, 0x3F, size_of::<ApiArg>());
+const REGISTER: libc::c_ulong = nix::request_code_readwrite!(GROUP, 0x00, size_of::<RegisterArg>());
+// The kernel names these two "read" though it reads them from us.
+const UNREGISTER: libc::c_ulong = nix::request_code_read!(GROUP, 0x01, size_of::<RangeArg>());
+const WAKE: libc::c_ulong = nix::request_code_read!(GROUP, 0x02, size_of::<RangeArg>());
+
+const _: () = {
+    assert!(size_of::<ApiArg>() == 24 && API == 0xC018_AA3F);
+    assert!(size_of::<RegisterArg>() == 32 && REGISTER == 0xC020_AA00);
+    assert!(size_of::<RangeArg>() == 16 && UNREGISTER == 0x8010_AA01 && WAKE == 0x8010_AA02);
+};
+
+fn ioctl_api(fd: BorrowedFd<'_>, arg: &mut ApiArg) -> Result<(), Errno> {
+    // SAFETY: `arg` is the structure that this request reads and writes, and is ours alone.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), API, std::ptr::from_mut(arg)) };
+    Errno::result(result).map(drop)
+}
+
+fn ioctl_register(fd: BorrowedFd<'_>, arg: &mut RegisterArg) -> Result<(), Errno> {
+    // SAFETY: `arg` is the structure that this request reads and writes, and is ours alone. Only
+    // write-protection is ever registered, so no memory of ours can come to miss a page.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), REGISTER, std::ptr::from_mut(arg)) };
+    Errno::result(result).map(drop)
+}
+
+fn ioctl_unregister(fd: BorrowedFd<'_>, arg: &RangeArg) -> Result<(), Errno> {
+    // SAFETY: `arg` is the structure that this request reads; it does not write it.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), UNREGISTER, std::ptr::from_ref(arg)) };
+    Errno::result(result).map(drop)
+}
+
+fn ioctl_wake(fd: BorrowedFd<'_>, arg: &RangeArg) -> Result<(), Errno> {
+    // SAFETY: `arg` is the structure that this request reads; it does not write it.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), WAKE, std::ptr::from_ref(arg)) };
+    Errno::result(result).map(drop)
+}

@@ -1,0 +1,240 @@
+//! Dirty tracking of a real process, against what that process says it wrote.
+
+mod linux_child;
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ferry_engine::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
+use ferry_engine::linux::{RamTracker, TrackedRange};
+use ferry_engine::vmm::{Rearm, Tracker, VmmError};
+use linux_child::{HUGE_PAGE, Ram, Tracked};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+const REGION: RegionIndex = RegionIndex(3);
+const RAM_BYTES: u64 = 16 << 20;
+const PAGES: u64 = RAM_BYTES / PAGE_SIZE as u64;
+
+#[test]
+#[ignore = "run by the tests as their child"]
+fn child_main() {
+    linux_child::guest::main();
+}
+
+fn tracker_of(child: &Tracked) -> RamTracker {
+    let range = TrackedRange {
+        region: REGION,
+        addresses: child.ram().addresses(),
+    };
+    RamTracker::new(Arc::clone(&child.process), vec![range])
+}
+
+/// The pages of one collection. A page that is told twice is a defect.
+fn collect(tracker: &mut RamTracker, rearm: Rearm) -> BTreeSet<u64> {
+    let mut pages = BTreeSet::new();
+    let mut add = |region, range: PageRange| {
+        assert_eq!(region, REGION);
+        for page in range.first.0..range.end().0 {
+            assert!(pages.insert(page), "page {page} was told twice");
+        }
+    };
+    tracker.collect(rearm, &mut add).unwrap();
+    pages
+}
+
+/// The pages that a write to each of `pages` must show, with a backing of `unit` pages.
+fn shown(pages: &BTreeSet<u64>, unit: u64) -> BTreeSet<u64> {
+    pages
+        .iter()
+        .flat_map(|page| {
+            let first = page - page % unit;
+            first..first + unit
+        })
+        .collect()
+}
+
+fn write(child: &mut Tracked, pages: &BTreeSet<u64>) {
+    let mut order = "write 7".to_owned();
+    for page in pages {
+        write!(order, " {page}").unwrap();
+    }
+    assert_eq!(child.ask(order), "written");
+}
+
+/// Rounds of random writes: every report equals what was written since the last one.
+fn reports_exactly_what_was_written(ram: &Ram, unit: u64) {
+    let mut child = Tracked::start(ram.path());
+    let mut tracker = tracker_of(&child);
+    // Some pages are there before, most are not.
+    write(&mut child, &(0..PAGES / 4).collect());
+    tracker.start().unwrap();
+    assert_eq!(collect(&mut tracker, Rearm::Yes), BTreeSet::new());
+
+    let page = prop_oneof![4 => 0..PAGES, 1 => 0..64_u64, 1 => PAGES - 64..PAGES];
+    let sparse = prop::collection::btree_set(page, 0..600);
+    let dense = (0..PAGES, 0..PAGES).prop_map(|(a, b)| (a.min(b)..a.max(b)).collect());
+    let every_second = (0..2_u64).prop_map(|odd| (odd..PAGES).step_by(2).collect());
+    let round = (
+        prop_oneof![6 => sparse, 2 => dense, 1 => every_second],
+        any::<bool>(),
+    );
+    let config = Config {
+        cases: 200,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    // Pages that a look without re-arming has shown, and the next report shows again.
+    let still_shown = std::cell::RefCell::new(BTreeSet::new());
+    let parts = std::cell::RefCell::new((child, tracker));
+    let outcome = TestRunner::new(config).run(&round, |(pages, rearmed)| {
+        let (child, tracker) = &mut *parts.borrow_mut();
+        write(child, &pages);
+        let mut expected = still_shown.borrow_mut();
+        expected.extend(shown(&pages, unit));
+        let rearm = if rearmed { Rearm::Yes } else { Rearm::No };
+        prop_assert_eq!(&collect(tracker, rearm), &*expected);
+        if rearmed {
+            expected.clear();
+        }
+        Ok(())
+    });
+    outcome.unwrap();
+}
+
+#[test]
+fn memfd_is_tracked_exactly() {
+    reports_exactly_what_was_written(&Ram::memfd(RAM_BYTES), 1);
+}
+
+#[test]
+fn tmpfs_is_tracked_exactly() {
+    reports_exactly_what_was_written(&Ram::tmpfs(RAM_BYTES, "size=64M"), 1);
+}
+
+#[test]
+fn tmpfs_with_huge_pages_is_tracked_exactly() {
+    reports_exactly_what_was_written(&Ram::tmpfs(RAM_BYTES, "size=64M,huge=always"), 1);
+}
+
+#[test]
+fn hugetlb_is_tracked_in_its_own_unit() {
+    reports_exactly_what_was_written(&Ram::hugetlb(RAM_BYTES), HUGE_PAGE / PAGE_SIZE as u64);
+}
+
+/// Threads write all the time; a copy kept up to date by the reports alone ends up equal.
+fn loses_no_write(ram: &Ram) {
+    use std::os::unix::fs::FileExt;
+    let mut child = Tracked::start(ram.path());
+    let mut tracker = tracker_of(&child);
+    assert_eq!(child.ask("run 3"), "running");
+    tracker.start().unwrap();
+    let mut copy = vec![0; usize::try_from(RAM_BYTES).unwrap()];
+    ram.file.read_exact_at(&mut copy, 0).unwrap();
+    let mut refresh = |tracker: &mut RamTracker, rearm| {
+        let mut ranges = Vec::new();
+        tracker
+            .collect(rearm, &mut |_, range: PageRange| ranges.push(range))
+            .unwrap();
+        for range in &ranges {
+            let bytes = range.bytes();
+            let place = usize::try_from(bytes.start).unwrap()..usize::try_from(bytes.end).unwrap();
+            ram.file
+                .read_exact_at(&mut copy[place], bytes.start)
+                .unwrap();
+        }
+        ranges.iter().map(|range| range.count).sum::<u64>()
+    };
+    let mut refreshed = 0;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while refreshed < 20 * PAGES {
+        refreshed += refresh(&mut tracker, Rearm::Yes);
+        assert!(
+            Instant::now() < deadline,
+            "only {refreshed} pages were written"
+        );
+    }
+    let writes: u64 = child.ask("halt").parse().unwrap();
+    refresh(&mut tracker, Rearm::No);
+    let mut now = vec![0; copy.len()];
+    ram.file.read_exact_at(&mut now, 0).unwrap();
+    assert!(now == copy, "a write was lost");
+    assert!(
+        writes > refreshed / (HUGE_PAGE / PAGE_SIZE as u64),
+        "{writes} writes"
+    );
+}
+
+#[test]
+fn no_write_is_lost_on_memfd() {
+    loses_no_write(&Ram::memfd(RAM_BYTES));
+}
+
+#[test]
+fn no_write_is_lost_on_huge_pages_of_tmpfs() {
+    loses_no_write(&Ram::tmpfs(RAM_BYTES, "size=64M,huge=always"));
+}
+
+#[test]
+fn no_write_is_lost_on_hugetlb() {
+    loses_no_write(&Ram::hugetlb(RAM_BYTES));
+}
+
+#[test]
+fn leaves_the_descriptors_as_they_were() {
+    let ram = Ram::memfd(RAM_BYTES);
+    let mut child = Tracked::start(ram.path());
+    let before = child.descriptors();
+    let mut tracker = tracker_of(&child);
+    for _ in 0..3 {
+        tracker.start().unwrap();
+        tracker.start().unwrap();
+        assert_eq!(child.descriptors().len(), before.len() + 1);
+        write(&mut child, &BTreeSet::from([1]));
+        assert_eq!(collect(&mut tracker, Rearm::Yes), BTreeSet::from([1]));
+        tracker.stop().unwrap();
+        tracker.stop().unwrap();
+        assert_eq!(child.descriptors(), before);
+    }
+    tracker.start().unwrap();
+    drop(tracker);
+    assert_eq!(child.descriptors(), before);
+    write(&mut child, &BTreeSet::from([2]));
+}
+
+#[test]
+fn a_start_that_fails_undoes_everything() {
+    let ram = Ram::memfd(RAM_BYTES);
+    let child = Tracked::start(ram.path());
+    let before = child.descriptors();
+    let mut first = tracker_of(&child);
+    first.start().unwrap();
+    // The same memory again: refused after a userfaultfd was made and one range registered.
+    let refused = tracker_of(&child).start();
+    assert!(
+        matches!(refused, Err(VmmError::Unfit { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(child.descriptors().len(), before.len() + 1);
+    first.stop().unwrap();
+    assert_eq!(child.descriptors(), before);
+}
+
+#[test]
+fn a_process_that_has_ended_is_told_as_gone() {
+    let ram = Ram::memfd(RAM_BYTES);
+    let mut child = Tracked::start(ram.path());
+    let mut tracker = tracker_of(&child);
+    tracker.start().unwrap();
+    child.kill();
+    let collected = tracker.collect(Rearm::Yes, &mut |_, _| {});
+    assert!(
+        matches!(collected, Err(VmmError::Gone { .. })),
+        "{collected:?}"
+    );
+    tracker.stop().unwrap();
+    let started = tracker.start();
+    assert!(matches!(started, Err(VmmError::Gone { .. })), "{started:?}");
+}
