@@ -1,0 +1,467 @@
+//! A migration: how it is set up, watched and steered, and how it ends.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_stream::link::{Acceptor, Connector};
+use ferry_stream::message::{Mode, SessionId};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::control::Silence;
+use crate::core::converge::{Converge, DowntimeLimit};
+use crate::core::message::{Command, Notice, Outcome, Phase};
+use crate::core::meter::{Progress, Report};
+use crate::core::source::{Source, SourceConfig, SourceLimits};
+use crate::core::target::{Target, TargetConfig, TargetLimits};
+use crate::journal::{Journal, JournalError};
+use crate::pacer::{Bandwidth, Pacer};
+use crate::send::{GREETING_LIMIT, VmSide};
+use crate::vmm::{RunState, Vm, VmmError};
+use crate::worker::{Clock, Facts};
+use crate::{receive, send};
+
+/// The default of the downtime limit.
+pub const DEFAULT_DOWNTIME_LIMIT: Duration = Duration::from_millis(100);
+
+/// What a switchover with nothing dirty is assumed to cost, before the VMM's adapter says otherwise.
+pub const DEFAULT_SWITCHOVER_FLOOR: Duration = Duration::from_millis(15);
+
+/// Most page lanes that a target accepts by default.
+const DEFAULT_MAX_LANES: u16 = 16;
+
+/// What becomes of the source's VMM when the guest has moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retire {
+    /// It is ended.
+    Quit,
+    /// It is left stopped. It must never be resumed: the guest lives elsewhere.
+    LeaveStopped,
+}
+
+/// Where a VM's journal is: a folder of the host and a name that is the VM's alone, always the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JournalPlace {
+    /// The folder; made when it does not exist.
+    pub folder: PathBuf,
+    /// The name, without an ending.
+    pub name: String,
+}
+
+/// Why a migration did not begin. Nothing was changed; the guest is where it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The journal cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The VM did not answer.
+    #[error("the VM cannot be read")]
+    Vm(#[from] VmmError),
+    /// The target cannot be reached.
+    #[error("the target {target} cannot be reached: is `ferry receive` running there?")]
+    Connect {
+        /// The target.
+        target: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host cannot give what a migration needs.
+    #[error("a thread or random bytes could not be had")]
+    Host(#[source] io::Error),
+}
+
+/// Sets up a source.
+pub struct SourceBuilder {
+    vm: Vm,
+    connector: Arc<dyn Connector>,
+    peer: String,
+    journal: JournalPlace,
+    config: SourceConfig,
+    converge: Box<dyn Converge>,
+    bandwidth: Bandwidth,
+    retire: Retire,
+    silence: Silence,
+}
+
+/// Sets up a target.
+pub struct TargetBuilder {
+    vm: Vm,
+    acceptor: Box<dyn Acceptor>,
+    journal: JournalPlace,
+    config: TargetConfig,
+    silence: Silence,
+}
+
+/// The beginning of every migration.
+#[derive(Debug)]
+pub struct Migration;
+
+impl Migration {
+    /// Moves the guest of `vm` to the target that `connector` reaches, named `peer` for people.
+    pub fn source(
+        vm: Vm,
+        connector: Arc<dyn Connector>,
+        peer: impl Into<String>,
+        journal: JournalPlace,
+    ) -> SourceBuilder {
+        let config = SourceConfig {
+            session: SessionId([0; 16]),
+            mode: Mode::Live,
+            run_at_target: None,
+            downtime_limit: DEFAULT_DOWNTIME_LIMIT,
+            timeout: None,
+            lanes: 1,
+            switchover_floor: DEFAULT_SWITCHOVER_FLOOR,
+            limits: SourceLimits::default(),
+        };
+        SourceBuilder {
+            vm,
+            connector,
+            peer: peer.into(),
+            journal,
+            config,
+            converge: Box::new(DowntimeLimit::default()),
+            bandwidth: Bandwidth::Unlimited,
+            retire: Retire::Quit,
+            silence: Silence::default(),
+        }
+    }
+
+    /// Receives one guest into `vm` from whoever comes over `acceptor`.
+    pub fn target(vm: Vm, acceptor: Box<dyn Acceptor>, journal: JournalPlace) -> TargetBuilder {
+        let config = TargetConfig {
+            lanes: DEFAULT_MAX_LANES,
+            limits: TargetLimits::default(),
+        };
+        TargetBuilder {
+            vm,
+            acceptor,
+            journal,
+            config,
+            silence: Silence::default(),
+        }
+    }
+}
+
+impl SourceBuilder {
+    /// Whether the guest runs while it is copied; default live.
+    #[must_use]
+    pub fn with_mode(mut self, mode: Mode) -> Self {
+        self.config.mode = mode;
+        self
+    }
+
+    /// Leaves the guest in this state at the target, whatever it is here.
+    #[must_use]
+    pub fn with_run_at_target(mut self, state: RunState) -> Self {
+        self.config.run_at_target = Some(state);
+        self
+    }
+
+    /// The longest blackout that is wanted; default [`DEFAULT_DOWNTIME_LIMIT`].
+    #[must_use]
+    pub fn with_downtime_limit(mut self, limit: Duration) -> Self {
+        self.config.downtime_limit = limit;
+        self
+    }
+
+    /// After this time the guest is paused and the move finishes, whatever the blackout.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.config.timeout = Some(timeout);
+        self
+    }
+
+    /// At most so many bytes a second, over all lanes.
+    #[must_use]
+    pub fn with_bandwidth(mut self, bandwidth: Bandwidth) -> Self {
+        self.bandwidth = bandwidth;
+        self
+    }
+
+    /// A convergence rule in place of [`DowntimeLimit`].
+    #[must_use]
+    pub fn with_converge(mut self, rule: Box<dyn Converge>) -> Self {
+        self.converge = rule;
+        self
+    }
+
+    /// What a switchover with nothing dirty costs with this VMM; default
+    /// [`DEFAULT_SWITCHOVER_FLOOR`].
+    #[must_use]
+    pub fn with_switchover_floor(mut self, floor: Duration) -> Self {
+        self.config.switchover_floor = floor;
+        self
+    }
+
+    /// What becomes of the VMM here; default [`Retire::Quit`].
+    #[must_use]
+    pub fn with_retire(mut self, retire: Retire) -> Self {
+        self.retire = retire;
+        self
+    }
+
+    /// Bounds on peer and VMM.
+    #[must_use]
+    pub fn with_limits(mut self, limits: SourceLimits) -> Self {
+        self.config.limits = limits;
+        self
+    }
+
+    /// When a silent link is taken for lost.
+    #[must_use]
+    pub fn with_silence(mut self, silence: Silence) -> Self {
+        self.silence = silence;
+        self
+    }
+
+    /// Connects, and starts the migration. Within a tokio runtime.
+    pub async fn start(self) -> Result<Job, StartError> {
+        let Self {
+            mut vm,
+            connector,
+            peer,
+            journal,
+            mut config,
+            ..
+        } = self;
+        config.session = random_session().map_err(StartError::Host)?;
+        let journal = Journal::open(&journal.folder, &journal.name, config.session, &peer)?;
+        let clock = Clock::start();
+        let (inventory, state) = (vm.guest.inventory()?, vm.guest.run_state()?);
+        let connection = match timeout(GREETING_LIMIT, connector.connect()).await {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(source)) => {
+                return Err(StartError::Connect {
+                    target: peer,
+                    source,
+                });
+            }
+            Err(elapsed) => {
+                return Err(StartError::Connect {
+                    target: peer,
+                    source: elapsed.into(),
+                });
+            }
+        };
+        let session = config.session;
+        let machine = Source::new(config, inventory, state, self.converge);
+        let (commands, orders) = mpsc::unbounded_channel();
+        let (notices, told) = mpsc::unbounded_channel();
+        let (sender, inbox) = mpsc::unbounded_channel();
+        let (progress, watched) = watch::channel(machine.progress(clock.now()));
+        let pacer = Arc::new(Pacer::new(self.bandwidth));
+        let parts = send::Parts {
+            machine,
+            session,
+            vm: VmSide {
+                guest: vm.guest,
+                state: vm.state,
+            },
+            tracker: vm.tracker,
+            ram: vm.ram,
+            connector,
+            journal,
+            pacer: Arc::clone(&pacer),
+            retire: self.retire,
+            silence: self.silence,
+            clock,
+            facts: Facts::new(sender, clock),
+            inbox,
+            commands: orders,
+            progress,
+            notices,
+        };
+        let driver = send::Driver::start(parts, connection).map_err(StartError::Host)?;
+        Ok(Job {
+            steering: Steering { commands, pacer },
+            progress: watched,
+            notices: told,
+            driver: tokio::spawn(driver.run()),
+        })
+    }
+}
+
+impl TargetBuilder {
+    /// Most page lanes that are accepted.
+    #[must_use]
+    pub fn with_max_lanes(mut self, lanes: u16) -> Self {
+        self.config.lanes = lanes;
+        self
+    }
+
+    /// Bounds on the source.
+    #[must_use]
+    pub fn with_limits(mut self, limits: TargetLimits) -> Self {
+        self.config.limits = limits;
+        self
+    }
+
+    /// When a silent link is taken for lost.
+    #[must_use]
+    pub fn with_silence(mut self, silence: Silence) -> Self {
+        self.silence = silence;
+        self
+    }
+
+    /// Starts to serve. Within a tokio runtime.
+    pub fn start(self) -> Result<TargetJob, StartError> {
+        let Self {
+            mut vm,
+            acceptor,
+            journal,
+            config,
+            silence,
+        } = self;
+        let session = SessionId([0; 16]);
+        let journal = Journal::open(&journal.folder, &journal.name, session, "")?;
+        let clock = Clock::start();
+        let machine = Target::new(config, vm.guest.inventory()?);
+        let (commands, orders) = mpsc::unbounded_channel();
+        let (notices, told) = mpsc::unbounded_channel();
+        let (sender, inbox) = mpsc::unbounded_channel();
+        let (phase, watched) = watch::channel(machine.phase());
+        let parts = receive::Parts {
+            machine,
+            vm: VmSide {
+                guest: vm.guest,
+                state: vm.state,
+            },
+            ram: vm.ram,
+            acceptor,
+            journal,
+            silence,
+            clock,
+            facts: Facts::new(sender, clock),
+            inbox,
+            commands: orders,
+            phase,
+            notices,
+        };
+        let driver = receive::Driver::start(parts).map_err(StartError::Host)?;
+        Ok(TargetJob {
+            commands,
+            phase: watched,
+            notices: told,
+            driver: tokio::spawn(driver.run()),
+        })
+    }
+}
+
+fn random_session() -> io::Result<SessionId> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(io::Error::from)?;
+    Ok(SessionId(bytes))
+}
+
+/// How a migration ended, and what it cost.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// Where the guest is.
+    pub outcome: Outcome,
+    /// The figures; at the target only the total.
+    pub report: Report,
+}
+
+/// Steers a running source; may be cloned and kept by anybody.
+#[derive(Clone, Debug)]
+pub struct Steering {
+    commands: mpsc::UnboundedSender<Command>,
+    pacer: Arc<Pacer>,
+}
+
+impl Steering {
+    /// Gives up, if the guest was not given away yet.
+    pub fn cancel(&self) {
+        _ = self.commands.send(Command::Cancel);
+    }
+
+    /// Changes the downtime limit.
+    pub fn set_downtime_limit(&self, limit: Duration) {
+        _ = self.commands.send(Command::SetDowntimeLimit(limit));
+    }
+
+    /// Pauses the guest now and finishes the move without it running.
+    pub fn suspend(&self) {
+        _ = self.commands.send(Command::Suspend);
+    }
+
+    /// Changes the bandwidth limit.
+    pub fn set_bandwidth(&self, bandwidth: Bandwidth) {
+        self.pacer.set(bandwidth);
+    }
+}
+
+/// A running source.
+#[derive(Debug)]
+pub struct Job {
+    steering: Steering,
+    progress: watch::Receiver<Progress>,
+    notices: mpsc::UnboundedReceiver<Notice>,
+    driver: JoinHandle<Finished>,
+}
+
+impl Job {
+    /// The handle that steers it.
+    pub fn steering(&self) -> Steering {
+        self.steering.clone()
+    }
+
+    /// How far it is: a channel that always holds the latest look.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.clone()
+    }
+
+    /// The next thing that a user should be told; `None` after the end.
+    pub async fn notice(&mut self) -> Option<Notice> {
+        self.notices.recv().await
+    }
+
+    /// Waits for the end.
+    pub async fn finish(self) -> Finished {
+        joined(self.driver).await
+    }
+}
+
+/// A running target.
+#[derive(Debug)]
+pub struct TargetJob {
+    commands: mpsc::UnboundedSender<Command>,
+    phase: watch::Receiver<Phase>,
+    notices: mpsc::UnboundedReceiver<Notice>,
+    driver: JoinHandle<Finished>,
+}
+
+impl TargetJob {
+    /// What is going on: a channel that always holds the latest.
+    pub fn phase(&self) -> watch::Receiver<Phase> {
+        self.phase.clone()
+    }
+
+    /// Gives up, if the guest was not taken yet.
+    pub fn cancel(&self) {
+        _ = self.commands.send(Command::Cancel);
+    }
+
+    /// The next thing that a user should be told; `None` after the end.
+    pub async fn notice(&mut self) -> Option<Notice> {
+        self.notices.recv().await
+    }
+
+    /// Waits for the end.
+    pub async fn finish(self) -> Finished {
+        joined(self.driver).await
+    }
+}
+
+/// A driver that panicked has left its journal, which says whose the guest is; nobody else may.
+async fn joined(driver: JoinHandle<Finished>) -> Finished {
+    match driver.await {
+        Ok(finished) => finished,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}

@@ -1,0 +1,144 @@
+//! `--bandwidth`: no more than so many bytes a second, over all lanes together.
+//!
+//! A bucket that never holds more than a short burst. A sender pays before it sends and sleeps off
+//! its debt, so lanes share the rate by what they send, and a change of the rate, or the end, wakes
+//! every sleeper.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What may be saved up while nobody sends.
+const BURST: Duration = Duration::from_millis(10);
+
+/// A shared limit of bytes a second.
+#[derive(Debug)]
+pub(crate) struct Pacer {
+    state: Mutex<Bucket>,
+    changed: Condvar,
+}
+
+/// How fast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bandwidth {
+    /// As fast as it goes.
+    Unlimited,
+    /// At most so many bytes a second.
+    BytesPerSecond(std::num::NonZeroU64),
+}
+
+#[derive(Debug)]
+struct Bucket {
+    rate: Bandwidth,
+    /// When everything paid for so far has been sent at the rate.
+    paid_until: Instant,
+    closed: bool,
+}
+
+impl Pacer {
+    pub(crate) fn new(rate: Bandwidth) -> Self {
+        let state = Bucket {
+            rate,
+            paid_until: Instant::now(),
+            closed: false,
+        };
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Changes the rate; what was paid for stays paid.
+    pub(crate) fn set(&self, rate: Bandwidth) {
+        let mut bucket = self.lock();
+        bucket.rate = rate;
+        bucket.paid_until = bucket.paid_until.min(Instant::now());
+        self.changed.notify_all();
+    }
+
+    /// Lets everybody go at once, now and later.
+    pub(crate) fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Pays for `bytes` bytes and waits until they may be sent.
+    pub(crate) fn pay(&self, bytes: u64) {
+        let mut bucket = self.lock();
+        let now = Instant::now();
+        let due = bucket.paid_until.max(now.checked_sub(BURST).unwrap_or(now));
+        bucket.paid_until = due + bucket.rate.time_for(bytes);
+        while let Some(wait) = bucket.wait(due) {
+            let (guard, _) = self
+                .changed
+                .wait_timeout(bucket, wait)
+                .unwrap_or_else(PoisonError::into_inner);
+            bucket = guard;
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Bucket> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Bucket {
+    /// How long a sender whose turn is at `due` still waits.
+    fn wait(&self, due: Instant) -> Option<Duration> {
+        if self.closed || self.rate == Bandwidth::Unlimited {
+            return None;
+        }
+        due.checked_duration_since(Instant::now())
+            .filter(|wait| !wait.is_zero())
+    }
+}
+
+impl Bandwidth {
+    fn time_for(self, bytes: u64) -> Duration {
+        match self {
+            Self::Unlimited => Duration::ZERO,
+            Self::BytesPerSecond(rate) => {
+                let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(rate.get());
+                Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU64;
+    use std::sync::Arc;
+
+    use super::*;
+
+    fn rate(bytes: u64) -> Bandwidth {
+        Bandwidth::BytesPerSecond(NonZeroU64::new(bytes).unwrap())
+    }
+
+    #[test]
+    fn keeps_the_rate_over_all_senders() {
+        let pacer = Arc::new(Pacer::new(rate(10 << 20)));
+        let began = Instant::now();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..8).for_each(|_| pacer.pay(64 << 10)));
+            }
+        });
+        // 2 MiB at 10 MiB/s are 200 ms, less the burst and the last chunk, which nobody waits for.
+        let took = began.elapsed();
+        assert!(took >= Duration::from_millis(180), "{took:?}");
+    }
+
+    #[test]
+    fn unlimited_never_waits_and_closing_wakes() {
+        Pacer::new(Bandwidth::Unlimited).pay(u64::MAX);
+        let pacer = Arc::new(Pacer::new(rate(1)));
+        pacer.pay(1 << 20);
+        let sleeper = std::thread::spawn({
+            let pacer = Arc::clone(&pacer);
+            move || pacer.pay(1)
+        });
+        pacer.close();
+        sleeper.join().unwrap();
+    }
+}
