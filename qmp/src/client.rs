@@ -12,9 +12,9 @@ use tokio::time::timeout;
 
 use crate::address::Address;
 use crate::commands::Command;
-use crate::connection::{Connection, Submission};
+use crate::connection::{Connection, ReplyTo, Submission};
 use crate::error::Error;
-use crate::event::{self, Events};
+use crate::events::{self, Events};
 use crate::proto::{Band, Greeting, Request};
 
 /// Bounds of a connection.
@@ -62,8 +62,11 @@ pub struct Peer {
 ///
 /// Every method that takes a command hands it over **when it is called**, not when its future is
 /// first polled, and in the order of the calls. So two commands are pipelined by making both futures
-/// before awaiting the first. A future that is dropped takes nothing back: the command is carried
-/// out, and its answer ignored.
+/// before awaiting the first. A future that is dropped, or whose time is over, takes nothing back
+/// that was sent: the command is carried out, and its answer ignored. What still waits here because
+/// [`IN_BAND_MAX`] others are unanswered is then not sent at all.
+///
+/// [`IN_BAND_MAX`]: crate::proto::IN_BAND_MAX
 ///
 /// A task on the runtime that [`Client::connect`] was called from reads and writes the socket; the
 /// futures can be awaited wherever that runtime is entered.
@@ -90,7 +93,7 @@ impl Client {
     pub async fn connect(address: &Address, options: &Options) -> Result<(Self, Events), Error> {
         let started = Instant::now();
         let (submissions, receiver) = mpsc::unbounded_channel();
-        let (sink, events) = event::queue();
+        let (sink, events) = events::queue();
         let mut connection = Connection::open(address, options, receiver, sink).await?;
         let left = options.greeting_timeout.saturating_sub(started.elapsed());
         let greeting = match timeout(left, connection.negotiate()).await {
@@ -216,6 +219,7 @@ impl Client {
             let (reply, answer) = oneshot::channel();
             // It fails when the connection has ended. The reply's sender is gone then too, which
             // the future below sees.
+            let reply = ReplyTo(reply);
             let _ = self.shared.submissions.send(Submission { request, reply });
             (command, answer)
         });
@@ -265,3 +269,9 @@ fn decode<T: serde::de::DeserializeOwned>(
         source: Arc::new(source),
     })
 }
+
+// A client is shared by tasks and threads.
+const _: () = {
+    const fn is_shared<T: Clone + Send + Sync + 'static>() {}
+    is_shared::<Client>();
+};

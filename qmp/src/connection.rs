@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout};
 use crate::address::Address;
 use crate::client::{Options, Peer};
 use crate::error::Error;
-use crate::event::EventSink;
+use crate::events::EventSink;
 use crate::proto::{Greeting, Incoming, Request, Session};
 
 /// Bytes read at once.
@@ -22,12 +22,24 @@ const CHUNK: usize = 16 << 10;
 /// Between two tries while the server's queue of connections is full.
 const RETRY: Duration = Duration::from_millis(10);
 
-type Reply = oneshot::Sender<Result<Box<RawValue>, Error>>;
+/// Where a caller waits for an answer.
+pub(crate) struct ReplyTo(pub(crate) oneshot::Sender<Result<Box<RawValue>, Error>>);
+
+impl ReplyTo {
+    fn send(self, outcome: Result<Box<RawValue>, Error>) {
+        // A caller who has stopped waiting needs no answer.
+        let _ = self.0.send(outcome);
+    }
+
+    fn is_awaited(&self) -> bool {
+        !self.0.is_closed()
+    }
+}
 
 /// A command on its way to the session.
 pub(crate) struct Submission {
     pub(crate) request: Request,
-    pub(crate) reply: Reply,
+    pub(crate) reply: ReplyTo,
 }
 
 /// A connected socket.
@@ -42,7 +54,7 @@ pub(crate) struct Connection {
     /// False when the server takes no more; it may still have something to say.
     writable: bool,
     chunk: Box<[u8]>,
-    session: Session<Reply>,
+    session: Session<ReplyTo>,
     submissions: mpsc::UnboundedReceiver<Submission>,
     events: EventSink,
     ended: Arc<OnceLock<Error>>,
@@ -135,8 +147,7 @@ impl Connection {
             .set(error.clone())
             .expect("only this task sets it, and only here");
         for reply in self.session.into_unanswered() {
-            // A caller who has stopped waiting needs no answer.
-            let _ = reply.send(Err(error.clone()));
+            reply.send(Err(error.clone()));
         }
     }
 
@@ -186,18 +197,19 @@ impl Connection {
     }
 
     fn submit(&mut self, Submission { request, reply }: Submission) {
+        tracing::trace!(command = %request.name(), "command");
         if let Err((error, reply)) = self.session.submit(request, reply) {
-            let _ = reply.send(Err(error));
+            reply.send(Err(error));
         }
     }
 
     fn received(&mut self, count: usize) -> Result<(), Error> {
+        // Before an answer makes room: a `cont` must not leave after its caller has given it up.
+        self.session.retain_waiting(ReplyTo::is_awaited);
         self.session.receive(&self.chunk[..count], Instant::now());
         while let Some(incoming) = self.session.poll()? {
             match incoming {
-                Incoming::Reply { token, outcome } => {
-                    let _ = token.send(outcome);
-                }
+                Incoming::Reply { token, outcome } => token.send(outcome),
                 Incoming::Event(event) => {
                     tracing::trace!(event = event.name, "event");
                     self.events.put(event)?;

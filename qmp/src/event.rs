@@ -1,24 +1,9 @@
 //! What happens at the server without our asking.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::sync::mpsc;
-
-use crate::error::Error;
-
-/// Most events that may be unread, in bytes of their lines plus [`EVENT_COST`] for each.
-pub(crate) const UNREAD_MAX: usize = 1 << 20;
-
-/// Events of kind [`EventKind::Other`] are let in only below this, so that they cannot crowd out the
-/// rest.
-const UNREAD_OTHER_MAX: usize = UNREAD_MAX / 2;
-
-/// What an event costs besides its line, in bytes: about the size of the parsed value.
-const EVENT_COST: usize = 256;
 
 /// QEMU's wall clock when something happened. Both are -1 when it could not tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -218,82 +203,90 @@ impl Event {
     }
 }
 
-/// The events of a connection, in order.
-///
-/// Unread events are kept, up to 1 MiB of them: some thousands. A reader who falls behind:
-/// - from half of that on, events of kind [`EventKind::Other`] are dropped and counted
-///   ([`Events::dropped`]);
-/// - at the limit the connection ends with [`Error::EventsUnread`], which every command then gets.
-///
-/// So an event that tells of the guest's fate is never lost without the caller's learning of it. Who
-/// does not care for events drops this value: then none are kept.
-#[derive(Debug)]
-pub struct Events {
-    queue: mpsc::UnboundedReceiver<(Event, usize)>,
-    unread: Arc<Unread>,
-}
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
 
-/// Shared by both ends of the queue.
-#[derive(Debug, Default)]
-struct Unread {
-    bytes: AtomicUsize,
-    dropped: AtomicU64,
-}
+    use super::*;
 
-impl Events {
-    /// The next event; nothing when the connection has ended and all events were read. No event is
-    /// lost when the future is dropped.
-    pub async fn next(&mut self) -> Option<Event> {
-        let (event, cost) = self.queue.recv().await?;
-        self.unread.bytes.fetch_sub(cost, Ordering::Relaxed);
-        Some(event)
+    fn kind(name: &str, data: Value) -> EventKind {
+        let timestamp = Timestamp {
+            seconds: 0,
+            microseconds: 0,
+        };
+        let event = Event {
+            name: name.into(),
+            data,
+            timestamp,
+            received_at: Instant::now(),
+            line_bytes: 0,
+        };
+        event.kind()
     }
 
-    /// How many events of kind [`EventKind::Other`] were dropped because they were not read.
-    pub fn dropped(&self) -> u64 {
-        self.unread.dropped.load(Ordering::Relaxed)
+    #[test]
+    fn reads_what_qemu_documents() {
+        assert_eq!(kind("STOP", Value::Null), EventKind::Stop);
+        assert_eq!(kind("RESUME", Value::Null), EventKind::Resume);
+        let reset = json!({"guest": true, "reason": "guest-reset"});
+        assert_eq!(kind("RESET", reset), EventKind::Reset { guest: true });
+        let shutdown = json!({"guest": true, "reason": "guest-shutdown"});
+        assert_eq!(
+            kind("SHUTDOWN", shutdown),
+            EventKind::Shutdown {
+                guest: true,
+                reason: "guest-shutdown".into()
+            }
+        );
+        let action = PanicAction::Pause;
+        let panicked = json!({"action": "pause"});
+        assert_eq!(
+            kind("GUEST_PANICKED", panicked),
+            EventKind::GuestPanicked { action }
+        );
+        let status = MigrationStatus::Other("brand-new".into());
+        let migration = json!({"status": "brand-new"});
+        assert_eq!(
+            kind("MIGRATION", migration),
+            EventKind::Migration { status }
+        );
+        let io_error = json!({
+            "qom-path": "/machine/peripheral/vda", "device": "", "node-name": "disk0",
+            "operation": "write", "action": "stop", "nospace": true, "reason": "No space",
+        });
+        assert_eq!(
+            kind("BLOCK_IO_ERROR", io_error),
+            EventKind::BlockIoError {
+                device: String::new(),
+                node_name: "disk0".into(),
+                action: IoErrorAction::Stop,
+                operation: IoOperation::Write,
+            }
+        );
+        let resized = json!({"id": "vm0", "size": 4096, "qom-path": "/machine/peripheral/vm0"});
+        assert_eq!(
+            kind("MEMORY_DEVICE_SIZE_CHANGE", resized),
+            EventKind::MemoryDeviceSizeChange {
+                id: "vm0".into(),
+                qom_path: "/machine/peripheral/vm0".into(),
+                size: 4096,
+            }
+        );
+        let deleted = json!({"path": "/machine/peripheral/net0"});
+        assert_eq!(
+            kind("DEVICE_DELETED", deleted),
+            EventKind::DeviceDeleted {
+                device: String::new(),
+                path: "/machine/peripheral/net0".into(),
+            }
+        );
+        assert_eq!(kind("RTC_CHANGE", json!({"offset": 1})), EventKind::Other);
     }
-}
 
-/// Where the connection puts events.
-#[derive(Debug)]
-pub(crate) struct EventSink {
-    queue: mpsc::UnboundedSender<(Event, usize)>,
-    unread: Arc<Unread>,
-}
-
-impl EventSink {
-    /// Queues an event, or fails when that cannot be done without losing one that matters.
-    pub(crate) fn put(&self, event: Event) -> Result<(), Error> {
-        if self.queue.is_closed() {
-            return Ok(());
+    #[test]
+    fn data_of_another_shape_keeps_the_kind() {
+        for data in [Value::Null, json!([]), json!({"guest": "yes"}), json!(7)] {
+            assert_eq!(kind("RESET", data), EventKind::Reset { guest: false });
         }
-        let cost = EVENT_COST + event.line_bytes;
-        let unread = self.unread.bytes.load(Ordering::Relaxed) + cost;
-        if unread > UNREAD_OTHER_MAX && event.kind() == EventKind::Other {
-            self.unread.dropped.fetch_add(1, Ordering::Relaxed);
-            return Ok(());
-        }
-        if unread > UNREAD_MAX {
-            return Err(Error::EventsUnread { limit: UNREAD_MAX });
-        }
-        self.unread.bytes.fetch_add(cost, Ordering::Relaxed);
-        // It fails when the reader has just gone: then nobody misses the event.
-        let _ = self.queue.send((event, cost));
-        Ok(())
     }
-}
-
-pub(crate) fn queue() -> (EventSink, Events) {
-    let (sender, receiver) = mpsc::unbounded_channel();
-    let unread = Arc::new(Unread::default());
-    let sink = EventSink {
-        queue: sender,
-        unread: Arc::clone(&unread),
-    };
-    let events = Events {
-        queue: receiver,
-        unread,
-    };
-    (sink, events)
 }

@@ -53,6 +53,7 @@ pub mod commands;
 mod connection;
 mod error;
 mod event;
+mod events;
 pub mod proto;
 
 pub use address::Address;
@@ -60,6 +61,7 @@ pub use client::{Client, Options, Peer};
 pub use commands::Command;
 pub use error::{Error, ErrorClass};
 pub use event::{
-    Event, EventKind, Events, IoErrorAction, IoOperation, MigrationStatus, PanicAction, Timestamp,
+    Event, EventKind, IoErrorAction, IoOperation, MigrationStatus, PanicAction, Timestamp,
 };
+pub use events::Events;
 pub use proto::{Greeting, Version};

@@ -22,7 +22,7 @@ open_enum! {
     RunState {
         /// Paused by the debugger.
         Debug = "debug",
-        /// The last migration out has failed or is being finished.
+        /// Paused while a migration out is being finished.
         FinishMigrate = "finish-migrate",
         /// Waits for a migration in.
         Inmigrate = "inmigrate",

@@ -175,6 +175,11 @@ impl<T> Session<T> {
         Ok(())
     }
 
+    /// Forgets the commands not sent yet whose token is not `wanted` any more.
+    pub fn retain_waiting(&mut self, wanted: impl Fn(&T) -> bool) {
+        self.waiting.retain(|(_, token)| wanted(token));
+    }
+
     /// What is to be sent. Tell [`Session::sent`] how much of it was.
     pub fn output(&self) -> &[u8] {
         &self.output

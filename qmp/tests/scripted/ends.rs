@@ -1,5 +1,6 @@
 //! Every way in which a peer can end, or spoil, a connection.
 
+use std::net::Shutdown;
 use std::time::Duration;
 
 use ferry_qmp::commands::{QueryStatus, Quit};
@@ -14,6 +15,34 @@ fn short(greeting_ms: u64) -> Options {
         greeting_timeout: Duration::from_millis(greeting_ms),
         ..Options::default()
     }
+}
+
+#[tokio::test]
+async fn last_words_are_heard_though_nothing_can_be_said() {
+    let (go, gone) = tokio::sync::oneshot::channel();
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        let stream = peer.stream.into_inner().into_std().unwrap();
+        // From here on, whatever the client writes is a broken pipe.
+        stream.shutdown(Shutdown::Read).unwrap();
+        gone.await.unwrap();
+        let mut stream = UnixStream::from_std(stream).unwrap();
+        let last_words = format!("{STOP}\r\n");
+        stream.write_all(last_words.as_bytes()).await.unwrap();
+    });
+    let (client, mut events) = server.connect().await.unwrap();
+    // Answered by nobody, and no reason to hang up.
+    let unheard = client
+        .execute_within(QueryStatus, Duration::from_millis(50))
+        .await;
+    assert!(
+        matches!(unheard, Err(Error::TimedOut { .. })),
+        "{unheard:?}"
+    );
+    go.send(()).unwrap();
+    assert_eq!(bounded(events.next()).await.unwrap().name, "STOP");
+    assert!(bounded(events.next()).await.is_none());
+    server.played().await;
 }
 
 /// What the connection ends with when `line` comes while a command is in flight.

@@ -110,6 +110,38 @@ async fn keeps_the_way_open_for_out_of_band_commands() {
 }
 
 #[tokio::test]
+async fn what_was_given_up_is_not_sent_later() {
+    let (go, gone) = tokio::sync::oneshot::channel();
+    let server = Server::play(|mut peer| async move {
+        peer.greet().await;
+        for _ in 1..=7 {
+            peer.hear().await;
+        }
+        gone.await.unwrap();
+        let status = r#""return": {"status": "running", "running": true}"#;
+        for id in 1..=7 {
+            peer.say(&format!("{{{status}, \"id\": {id}}}")).await;
+        }
+        assert_eq!(peer.hear().await, "{\"execute\":\"stop\",\"id\":8}\n");
+    });
+    let (client, _events) = server.connect().await.unwrap();
+    let all: Vec<_> = (0..7).map(|_| client.execute(QueryStatus)).collect();
+    let given_up = client.execute_within(Cont, Duration::from_millis(20)).await;
+    assert!(
+        matches!(given_up, Err(Error::TimedOut { .. })),
+        "{given_up:?}"
+    );
+    let stop = client.execute(Stop);
+    go.send(()).unwrap();
+    for status in all {
+        bounded(status).await.unwrap();
+    }
+    server.played().await;
+    let closed = bounded(stop).await;
+    assert!(matches!(closed, Err(Error::Closed { .. })), "{closed:?}");
+}
+
+#[tokio::test]
 async fn an_error_class_is_the_answer_of_one_command_alone() {
     let server = Server::play(|mut peer| async move {
         peer.greet().await;
