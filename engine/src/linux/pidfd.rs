@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use nix::dir::Dir;
@@ -125,6 +126,30 @@ impl Process {
         }
     }
 
+    /// Waits until the process has ended, at most for `limit`; false when it has not.
+    pub fn wait_end(&self, limit: Duration) -> Result<bool, Error> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, left) {
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(Error::call("poll of a pidfd", error)),
+                Ok(0) if Instant::now() < deadline => {}
+                Ok(ready) => return Ok(ready > 0),
+            }
+        }
+    }
+
+    /// Kills the process, and never another one. One that has ended already is no error.
+    pub fn kill(&self) -> Result<(), Error> {
+        match pidfd_kill(&self.pidfd) {
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(error) => Err(Error::call("pidfd_send_signal", error)),
+        }
+    }
+
     /// The name that the process gives itself, at most 15 bytes.
     pub fn name(&self) -> Result<OsString, Error> {
         let mut name = self.read_proc("comm")?;
@@ -232,6 +257,22 @@ fn pidfd_getfd(pidfd: &OwnedFd, fd: RemoteFd) -> Result<OwnedFd, Errno> {
     // as long as it is borrowed.
     let result = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd.0, 0) };
     owned_fd(result)
+}
+
+fn pidfd_kill(pidfd: &OwnedFd) -> Result<(), Errno> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: pidfd_send_signal takes a null pointer for its information; the rest are integers, and
+    // `pidfd` is open for as long as it is borrowed.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            libc::SIGKILL,
+            no_info,
+            0,
+        )
+    };
+    Errno::result(result).map(drop)
 }
 
 /// The descriptor that a system call made, which nobody else owns yet.
