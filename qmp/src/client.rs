@@ -66,10 +66,10 @@ pub struct Peer {
 /// that was sent: the command is carried out, and its answer ignored. What still waits here because
 /// [`IN_BAND_MAX`] others are unanswered is then not sent at all.
 ///
-/// [`IN_BAND_MAX`]: crate::proto::IN_BAND_MAX
-///
 /// A task on the runtime that [`Client::connect`] was called from reads and writes the socket; the
 /// futures can be awaited wherever that runtime is entered.
+///
+/// [`IN_BAND_MAX`]: crate::proto::IN_BAND_MAX
 #[derive(Clone)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -217,9 +217,9 @@ impl Client {
         let handed_over = request.map(|request| {
             let command = request.name().clone();
             let (reply, answer) = oneshot::channel();
+            let reply = ReplyTo(reply);
             // It fails when the connection has ended. The reply's sender is gone then too, which
             // the future below sees.
-            let reply = ReplyTo(reply);
             let _ = self.shared.submissions.send(Submission { request, reply });
             (command, answer)
         });
