@@ -262,7 +262,7 @@ pub enum Message {
         /// Pages that came in it, of all lanes.
         pages: u64,
     },
-    /// S→T. No more pages and no more device state will come.
+    /// S→T. `round` is the last: its pages may still be on their way, nothing else is.
     Complete {
         /// The last round.
         round: Round,
