@@ -161,10 +161,11 @@ impl PageLaneReader {
         if header.kind == Kind::RoundEnd {
             return self.end_round(&header, crc, &prefix);
         }
-        let hasher = self.read_table(from, &header, &prefix)?;
+        let (round, hasher) = self.read_table(from, &header, &prefix)?;
         Ok(Incoming::Pages(PageBody {
             reader: self,
             from,
+            round,
             header,
             crc,
             hasher,
@@ -202,13 +203,13 @@ impl PageLaneReader {
         Ok(Incoming::RoundEnd { round, pages: told })
     }
 
-    /// Reads the table into `self.records`; returns the frame's checksum so far.
+    /// Reads the table into `self.records`; returns its round and the frame's checksum so far.
     fn read_table(
         &mut self,
         from: &mut (impl Read + ?Sized),
         header: &Header,
         prefix: &[u8; PREFIX_BYTES],
-    ) -> Result<Hasher, Error> {
+    ) -> Result<(Round, Hasher), Error> {
         let parsed = Prefix::parse(header, prefix)?;
         self.table.resize(parsed.table_bytes, 0);
         read_all(from, &mut self.table)?;
@@ -217,7 +218,7 @@ impl PageLaneReader {
         let mut hasher = header.seed();
         hasher.update(prefix);
         hasher.update(&self.table);
-        Ok(hasher)
+        Ok((parsed.round, hasher))
     }
 
     /// Rounds are barriers: after the end of one, the next is the only one that may follow.
@@ -242,6 +243,7 @@ impl PageLaneReader {
 pub struct PageBody<'a, R: ?Sized> {
     reader: &'a mut PageLaneReader,
     from: &'a mut R,
+    round: Round,
     header: Header,
     crc: u32,
     hasher: Hasher,
@@ -259,6 +261,11 @@ pub struct Placed {
 }
 
 impl<R: Read + ?Sized> PageBody<'_, R> {
+    /// The round that the pages belong to.
+    pub fn round(&self) -> Round {
+        self.round
+    }
+
     /// The runs of pages, each within the wire's limits, none compared with any layout yet.
     pub fn records(&self) -> &[Record] {
         &self.reader.records
@@ -298,7 +305,7 @@ impl<R: Read + ?Sized> PageBody<'_, R> {
         self.reader.due.advance();
         self.reader.broken = false;
         Ok(Placed {
-            round: self.reader.round.unwrap_or(Round(0)),
+            round: self.round,
             pages,
             wire_bytes: (HEADER_BYTES + self.header.length as usize) as u64,
         })
