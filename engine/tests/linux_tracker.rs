@@ -18,12 +18,6 @@ const REGION: RegionIndex = RegionIndex(3);
 const RAM_BYTES: u64 = 16 << 20;
 const PAGES: u64 = RAM_BYTES / PAGE_SIZE as u64;
 
-#[test]
-#[ignore = "run by the tests as their child"]
-fn child_main() {
-    linux_child::guest::main();
-}
-
 fn tracker_of(child: &Tracked) -> RamTracker {
     let range = TrackedRange {
         region: REGION,

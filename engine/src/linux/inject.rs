@@ -397,6 +397,10 @@ fn why_refused(process: &Process) -> Error {
         let line = status.lines().find_map(|line| line.strip_prefix(name))?;
         line.split_whitespace().nth(column)?.parse().ok()
     };
+    // A process that is ending has given up its memory, and is refused before its pidfd tells.
+    if field("VmSize:", 0).is_none() {
+        return Error::Gone { pid };
+    }
     if let Some(tracer) = field("TracerPid:", 0).filter(|tracer| *tracer != 0) {
         let tracer = Pid::from_raw(tracer.cast_signed());
         return Error::TracedByOther { pid, tracer };

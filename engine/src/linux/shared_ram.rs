@@ -117,7 +117,11 @@ impl SharedRam {
         let backing = self.backings.get(usize::from(region.0)).filter(|_| fits);
         let Some(backing) = backing else {
             return Err(VmmError::Unfit {
-                what: format!("{range} of {region} is outside of guest RAM or has another length"),
+                what: format!(
+                    "{} pages from page {} of {region} are no part of guest RAM, or another number \
+                     of bytes was given for them",
+                    range.count, range.first.0
+                ),
             });
         };
         let within = range.bytes();

@@ -1,5 +1,6 @@
 //! What the child does.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, Write};
 use std::sync::Arc;
@@ -8,21 +9,35 @@ use std::thread::{self, JoinHandle};
 
 use ferry_engine::core::layout::PAGE_SIZE;
 use memmap2::{MmapOptions, MmapRaw};
+use nix::libc;
 
-use super::{MARK, RAM_VARIABLE};
+use super::{MARK, RAM_VARIABLE, patience};
 
-/// The child's main function. Does nothing when the harness runs it by itself.
-pub(crate) fn main() {
-    let Some(path) = std::env::var_os(RAM_VARIABLE) else {
-        return;
-    };
+/// The test harness runs every test on a thread of its own, but system calls are injected into the
+/// main thread: so the child takes its orders there, before the harness begins.
+#[used]
+// SAFETY: the C library calls what this section lists, with arguments that need not be taken, on the
+// main thread, when it has set itself up.
+#[unsafe(link_section = ".init_array")]
+static BEFORE_MAIN: extern "C" fn() = before_main;
+
+extern "C" fn before_main() {
+    if let Some(path) = std::env::var_os(RAM_VARIABLE) {
+        obey_all(path);
+        std::process::exit(0);
+    }
+}
+
+fn obey_all(path: OsString) {
     let file = File::options().read(true).write(true).open(path).unwrap();
     let length = usize::try_from(file.metadata().unwrap().len()).unwrap();
     let memory = MmapOptions::new().len(length).map_raw(&file).unwrap();
     let mut guest = Guest {
         memory: Arc::new(Memory(memory)),
+        file: Some(file),
         writers: None,
     };
+    patience::count_signals();
     say("ready");
     for line in std::io::stdin().lock().lines() {
         let line = line.unwrap();
@@ -33,7 +48,7 @@ pub(crate) fn main() {
     }
 }
 
-fn say(words: &str) {
+pub(crate) fn say(words: &str) {
     let mut output = std::io::stdout().lock();
     writeln!(output, "{MARK}{words}").unwrap();
     output.flush().unwrap();
@@ -41,6 +56,7 @@ fn say(words: &str) {
 
 struct Guest {
     memory: Arc<Memory>,
+    file: Option<File>,
     writers: Option<Writers>,
 }
 
@@ -55,15 +71,37 @@ impl Guest {
                 "written".into()
             }
             ("read", [page]) => self.memory.word(*page).load(Ordering::Relaxed).to_string(),
+            // Closes the file behind the RAM, which stays mapped.
+            ("close", []) => {
+                self.file = None;
+                "closed".into()
+            }
             // Lets this many threads write all over the RAM until told to halt.
             ("run", [threads]) => {
                 self.writers = Some(Writers::start(&self.memory, *threads));
                 "running".into()
             }
             ("halt", []) => self.writers.take().map_or(0, Writers::halt).to_string(),
+            // Waits for the next order in one kind of system call and tells what befell it.
+            ("wait", [kind]) => patience::wait(*kind),
+            // Sends itself this many queued signals, and an alarm every millisecond.
+            ("storm", [signals]) => patience::storm(*signals).to_owned(),
+            ("signals", []) => patience::signals(),
+            ("nobody", []) => {
+                become_nobody();
+                "nobody".into()
+            }
             other => panic!("no such order: {other:?}"),
         }
     }
+}
+
+/// Gives up root and every capability, for the calling thread alone.
+pub(crate) fn become_nobody() {
+    const NOBODY: libc::c_long = 65534;
+    // SAFETY: takes three integers. Not the C library's function, which changes every thread.
+    let result = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+    assert_eq!(result, 0);
 }
 
 /// Mapped RAM, used one atomic word a page.

@@ -1,11 +1,13 @@
 //! A process to be tracked: the test's own binary, run again as a child.
 //!
 //! The child maps a file as guest RAM and does what it is told, line by line, on its main thread, and
-//! answers with one line each. All unsafe code of these tests is in [`guest`].
+//! answers with one line each. All unsafe code of these tests is in
+//! [`guest`] and [`patience`].
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod guest;
+pub(crate) mod patience;
 
 use std::fmt::Display;
 use std::fs::File;
@@ -39,14 +41,6 @@ impl Tracked {
     /// Starts the child with `ram` mapped and waits until it is ready.
     pub(crate) fn start(ram: &Path) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            // One test thread: then the harness runs it on the main thread.
-            .args([
-                "--ignored",
-                "--exact",
-                "child_main",
-                "--nocapture",
-                "--test-threads=1",
-            ])
             .env(RAM_VARIABLE, ram)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -113,6 +107,12 @@ impl Tracked {
         fds.into_iter()
             .map(|fd| (fd, self.process.fd_link(fd).unwrap().into_string().unwrap()))
             .collect()
+    }
+
+    /// Its state as `ps` shows it.
+    pub(crate) fn state(&self) -> char {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        stat.rsplit_once(") ").unwrap().1.chars().next().unwrap()
     }
 
     pub(crate) fn kill(&mut self) {
