@@ -33,13 +33,16 @@ struct Sample {
 pub struct Seen {
     /// When the probe began; all times count from here.
     pub started: Instant,
-    /// The longest time without progress, and when it began. Across a move it is the time from the
-    /// last progress at the source to the first at the target.
+    /// Of a guest that has moved, the time from its last progress at the source to its first at the
+    /// target; of one that stayed, the same as [`Seen::longest_stall`].
     pub blackout: Duration,
     /// When the blackout began.
     pub blackout_at: Duration,
     /// When the target first made progress of its own, if it did.
     pub moved_at: Option<Duration>,
+    /// The longest time without progress anywhere: a busy machine, or the first faults of a guest at
+    /// the target, may hold it up for longer than the blackout did.
+    pub longest_stall: Duration,
     /// Time with less than half of the normal progress, the blackout included.
     pub brownout: Duration,
     /// The median progress of the buckets before the blackout, in steps a second.
@@ -107,7 +110,14 @@ fn sample(
 
 fn evaluate(started: Instant, samples: &[Sample]) -> Seen {
     let (progress, moved_at) = one_guest(samples);
-    let (blackout_at, blackout) = longest_standstill(&progress);
+    let (stall_at, longest_stall) = longest_stall(&progress);
+    let (blackout_at, blackout) = match moved_at {
+        Some(moved) => {
+            let last = last_change(samples);
+            (last, moved.saturating_sub(last))
+        }
+        None => (stall_at, longest_stall),
+    };
     let curve = curve(&progress);
     // Whole buckets before the blackout; without any, all of them.
     let before = buckets(blackout_at).min(curve.len());
@@ -128,6 +138,7 @@ fn evaluate(started: Instant, samples: &[Sample]) -> Seen {
         blackout,
         blackout_at,
         moved_at,
+        longest_stall,
         brownout: BUCKET * u32::try_from(slow).unwrap_or(u32::MAX),
         normal_per_s,
         curve,
@@ -153,8 +164,17 @@ fn one_guest(samples: &[Sample]) -> (Vec<(Duration, u64)>, Option<Duration>) {
     (progress, moved_at)
 }
 
+/// When the source's counter was first seen at its last value.
+fn last_change(samples: &[Sample]) -> Duration {
+    let last = samples.last().map(|sample| sample.source);
+    samples
+        .iter()
+        .find(|sample| Some(sample.source) == last)
+        .map_or(Duration::ZERO, |sample| sample.at)
+}
+
 /// When the longest time without a change began, and how long it was.
-fn longest_standstill(progress: &[(Duration, u64)]) -> (Duration, Duration) {
+fn longest_stall(progress: &[(Duration, u64)]) -> (Duration, Duration) {
     let Some(&(first, mut value)) = progress.first() else {
         return Default::default();
     };
@@ -226,10 +246,24 @@ mod tests {
         assert_eq!(seen.blackout_at, Duration::from_millis(500));
         assert_eq!(seen.blackout, Duration::from_millis(30));
         assert_eq!(seen.moved_at, Some(Duration::from_millis(530)));
+        assert_eq!(seen.longest_stall, Duration::from_millis(30));
         assert_eq!(seen.resolution, Duration::from_millis(1));
         assert_eq!(seen.normal_per_s, 1000);
         let brownout_ms = seen.brownout.as_millis();
         assert!((20..=50).contains(&brownout_ms), "{brownout_ms}");
+    }
+
+    #[test]
+    fn a_later_stall_is_not_the_blackout() {
+        let mut samples = moved();
+        for sample in &mut samples {
+            if (600..700).contains(&sample.at.as_millis()) {
+                sample.target = 570;
+            }
+        }
+        let seen = evaluate(Instant::now(), &samples);
+        assert_eq!(seen.blackout, Duration::from_millis(30));
+        assert_eq!(seen.longest_stall, Duration::from_millis(101));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A running QEMU: gone, with all its files, when dropped.
 
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -19,6 +19,9 @@ const START_BOUND: Duration = Duration::from_secs(60);
 
 /// How long QEMU may take to end once it is killed: it may have much memory to give back.
 const KILL_BOUND: Duration = Duration::from_secs(30);
+
+/// How long QEMU may take to end after it has closed its QMP socket.
+const END_BOUND: Duration = Duration::from_secs(5);
 
 /// How long the guest may take to echo a line typed on its console.
 const ECHO_BOUND: Duration = Duration::from_secs(20);
@@ -53,15 +56,10 @@ impl Qemu {
             .map_err(TestbedError::io("start QEMU"))?;
         // From here on an early return must end the process.
         let mut child = Reaped(Some(child));
-        let watch = folder.path().join("watch");
-        let monitor = wait_until("QEMU listens on QMP", START_BOUND, || {
-            if let Ok(Some(status)) = child.get().try_wait() {
-                let log = fs::read_to_string(folder.path().join("log")).unwrap_or_default();
-                let status = status.to_string();
-                return Some(Err(TestbedError::QemuEnded { status, log }));
-            }
-            watch.exists().then(|| Monitor::connect(&watch))
-        })??;
+        let monitor = match connect(child.get(), folder.path()) {
+            Ok(monitor) => monitor,
+            Err(error) => return Err(ended_early(child.get(), folder.path()).unwrap_or(error)),
+        };
         let rams = match machine.backing_of_ram() {
             Backing::Memfd => Vec::new(),
             _ => machine
@@ -244,6 +242,32 @@ impl Drop for Qemu {
     fn drop(&mut self) {
         end(&mut lock(&self.child));
     }
+}
+
+/// Connects to QMP as soon as QEMU listens.
+fn connect(child: &mut Child, folder: &Path) -> Result<Monitor, TestbedError> {
+    let watch = folder.join("watch");
+    wait_until("QEMU listens on QMP", START_BOUND, || {
+        let has_ended = matches!(child.try_wait(), Ok(Some(_)));
+        match Monitor::connect(&watch) {
+            // The socket is bound a moment before it listens.
+            Err(TestbedError::Io { source, .. }) if !has_ended && is_early(&source) => None,
+            result => Some(result),
+        }
+    })?
+}
+
+fn is_early(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error.kind(), ConnectionRefused | NotFound)
+}
+
+/// The better error when QEMU has ended or is about to: it listens before it reads all its options.
+fn ended_early(child: &mut Child, folder: &Path) -> Option<TestbedError> {
+    let ended = wait_until("QEMU ends", END_BOUND, || child.try_wait().transpose());
+    let status = ended.ok()?.ok()?.to_string();
+    let log = fs::read_to_string(folder.join("log")).unwrap_or_default();
+    Some(TestbedError::QemuEnded { status, log })
 }
 
 /// The sockets and the console: `qmp` for the engine, `watch` for the tests.
