@@ -27,8 +27,8 @@ use crate::vmm::{Stopped, Vm, VmmError};
 pub struct Options {
     /// Bounds of the QMP connection.
     pub qmp: ferry_qmp::Options,
-    /// QEMU's process, where the socket does not tell: a management daemon may have opened it and
-    /// handed it to QEMU.
+    /// QEMU's process, where the socket does not tell: with a proxy before QEMU, for instance. A
+    /// socket that a management daemon has opened and handed to QEMU does tell.
     pub pid: Option<i32>,
     /// A folder, as QEMU sees the file system, in which a private folder for a local socket can be
     /// made.
@@ -44,6 +44,9 @@ impl Default for Options {
         }
     }
 }
+
+/// What is said for a QEMU that does not say why.
+const NO_REASON: &str = "QEMU gave no reason; its own log may have one";
 
 /// What does not change while a QEMU lives.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -229,13 +232,18 @@ impl Inner {
         Ok(migration.status.unwrap_or(MigrationStatus::None))
     }
 
-    /// Why QEMU's own migration failed, in its words.
-    pub(super) async fn migration_error(&self) -> String {
+    /// The error of QEMU's own migration having failed at `what`, in its own words where it has any.
+    pub(super) async fn migration_failure(&self, what: &str) -> VmmError {
         match self.monitor.ask(QueryMigrate).await {
-            Ok(migration) => migration
-                .error_desc
-                .unwrap_or_else(|| "QEMU gave no reason; its own log may have one".into()),
-            Err(error) => format!("QEMU cannot be asked why: {error}"),
+            Ok(migration) => {
+                let why = migration.error_desc.unwrap_or_else(|| NO_REASON.to_owned());
+                VmmError::failed(what, why)
+            }
+            // QEMU before 9.1 ends when it cannot load.
+            Err(VmmError::Gone { what: how }) => VmmError::Gone {
+                what: format!("{what}: {how}; its own log says why"),
+            },
+            Err(error) => error,
         }
     }
 }
@@ -265,8 +273,8 @@ async fn check_process(monitor: &Monitor, process: &Process) -> Result<(), VmmEr
     }
     Err(VmmError::Unfit {
         what: format!(
-            "process {} opened this QMP socket, but is not the QEMU that answers on it (a management \
-             daemon may have handed it over): name QEMU's process",
+            "process {} has this QMP socket, but is not the QEMU that answers on it: use QEMU's own \
+             socket, or name QEMU's process",
             process.pid()
         ),
     })

@@ -4,11 +4,10 @@
 //! would hold its main loop. But whoever syncs an image file writes its pages out, for QEMU as well,
 //! and then the flush inside the blackout finds next to nothing to do.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -28,16 +27,15 @@ impl Flusher {
         Self { process }
     }
 
-    /// Syncs every regular file and block device that QEMU has open for writing. Images handed over
-    /// as descriptors have no name: so all of them, whatever they are called.
+    /// Syncs every file that QEMU writes to.
     pub(super) fn flush(&self) -> Result<(), VmmError> {
-        for fd in self.process.fds()? {
-            match self.flush_one(fd.0) {
+        for path in self.written_files()? {
+            match sync(&path) {
                 Ok(()) => {}
                 // Closed meanwhile: not an image in use.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => {
-                    let what = format!("cannot flush descriptor {} of QEMU", fd.0);
+                    let what = format!("cannot flush {} of QEMU", path.display());
                     return Err(VmmError::io(what, source));
                 }
             }
@@ -45,27 +43,34 @@ impl Flusher {
         Ok(())
     }
 
-    fn flush_one(&self, fd: i32) -> io::Result<()> {
+    /// Every regular file and block device that the process has open for writing. Images handed over
+    /// as descriptors have no name: so all of them, whatever they are called.
+    fn written_files(&self) -> Result<Vec<PathBuf>, VmmError> {
         let process = PathBuf::from(format!("/proc/{}", self.process.pid()));
-        let path = process.join(format!("fd/{fd}"));
-        let kind = std::fs::metadata(&path)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Ok(());
+        let mut files = Vec::new();
+        for fd in self.process.fds()? {
+            let path = process.join(format!("fd/{}", fd.0));
+            let info = fs::read_to_string(process.join(format!("fdinfo/{}", fd.0)));
+            let writes = info.is_ok_and(|info| open_for_writing(&info));
+            let kind = fs::metadata(&path).map(|metadata| metadata.file_type());
+            if writes && kind.is_ok_and(|kind| kind.is_file() || kind.is_block_device()) {
+                files.push(path);
+            }
         }
-        let info = std::fs::read_to_string(process.join(format!("fdinfo/{fd}")))?;
-        if !open_for_writing(&info) {
-            return Ok(());
-        }
-        // Opened anew: a duplicate would share QEMU's locks on the image and keep them alive.
-        let file = File::options()
-            .read(true)
-            .custom_flags(O_NONBLOCK)
-            .open(path)?;
-        match fdatasync(file.as_fd()) {
-            // Not every file can be synced; what cannot has nothing to write.
-            Err(Errno::EINVAL | Errno::EROFS) | Ok(()) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        Ok(files)
+    }
+}
+
+fn sync(path: &Path) -> io::Result<()> {
+    // Opened anew: a duplicate would share QEMU's locks on the image and keep them alive.
+    let file = File::options()
+        .read(true)
+        .custom_flags(O_NONBLOCK)
+        .open(path)?;
+    match fdatasync(&file) {
+        // Not every file can be synced; what cannot has nothing to write.
+        Err(Errno::EINVAL | Errno::EROFS) | Ok(()) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -79,7 +84,23 @@ fn open_for_writing(info: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
+    use nix::unistd::Pid;
+
     use super::*;
+
+    #[test]
+    fn finds_what_is_written_to() {
+        let flusher = Flusher::new(Arc::new(Process::open(Pid::this()).unwrap()));
+        let written = tempfile::NamedTempFile::new().unwrap();
+        let only_read = File::open(written.path()).unwrap();
+        let path = |fd: i32| PathBuf::from(format!("/proc/{}/fd/{fd}", Pid::this()));
+        let files = flusher.written_files().unwrap();
+        assert!(files.contains(&path(written.as_raw_fd())));
+        assert!(!files.contains(&path(only_read.as_raw_fd())));
+        sync(&path(written.as_raw_fd())).unwrap();
+    }
 
     #[test]
     fn tells_writers_from_readers() {

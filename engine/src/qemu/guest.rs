@@ -89,13 +89,16 @@ impl Guest for QemuGuest {
             return Ok(());
         }
         qemu.monitor().expect(Own::End);
-        let asked = qemu
-            .runtime()
-            .block_on(qemu.monitor().run(Quit, limits::QUIT));
-        if let Err(error) = asked {
-            tracing::warn!(%error, "QEMU did not take quit");
-        }
-        if process.wait_end(limits::QUIT)? {
+        let asked = qemu.monitor().run(Quit, limits::QUIT_ANSWER);
+        let answered = match qemu.runtime().block_on(asked) {
+            // It may close the connection instead of answering.
+            Ok(_) | Err(VmmError::Gone { .. }) => true,
+            Err(error) => {
+                tracing::warn!(%error, "QEMU did not take quit");
+                false
+            }
+        };
+        if answered && process.wait_end(limits::QUIT)? {
             return Ok(());
         }
         // Only a QEMU that owns no guest is ever told to quit: it has nothing to lose.

@@ -115,9 +115,8 @@ fn feed(mut stream: &UnixStream, from: &mut dyn Read) -> Result<(), Fed> {
 }
 
 async fn loaded(qemu: &Inner) -> Result<(), VmmError> {
-    let outcome = qemu
-        .monitor()
-        .wait(
+    let outcome =
+        qemu.monitor().wait(
             "loading the device state",
             limits::LOAD,
             |seen| match seen.migration {
@@ -125,17 +124,13 @@ async fn loaded(qemu: &Inner) -> Result<(), VmmError> {
                 Some(MigrationStatus::Failed) => Some(false),
                 _ => None,
             },
-        )
-        .await;
-    match outcome {
+        );
+    match outcome.await {
         Ok(true) => check_paused(qemu).await,
-        Ok(false) => Err(VmmError::failed(
-            "the target's QEMU could not load the device state",
-            qemu.migration_error().await,
-        )),
-        Err(VmmError::Gone { what }) => Err(VmmError::Gone {
-            what: format!("{what} while it loaded the device state; its own log says why"),
-        }),
+        Ok(false) | Err(VmmError::Gone { .. }) => {
+            let what = "the target's QEMU could not load the device state";
+            Err(qemu.migration_failure(what).await)
+        }
         Err(other) => Err(other),
     }
 }

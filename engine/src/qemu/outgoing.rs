@@ -175,7 +175,7 @@ impl Outgoing {
         {
             return VmmError::io("cannot pass on QEMU's device state", error);
         }
-        VmmError::failed(what, qemu.migration_error().await)
+        qemu.migration_failure(what).await
     }
 }
 
@@ -261,7 +261,7 @@ async fn accept(qemu: &Inner, listener: &UnixListener) -> Result<UnixStream, Vmm
     tokio::select! {
         stream = ours => stream,
         ended = over => match ended {
-            Ok(()) => Err(VmmError::failed("QEMU did not begin", qemu.migration_error().await)),
+            Ok(()) => Err(qemu.migration_failure("QEMU did not begin its migration").await),
             Err(error) => Err(error),
         }
     }

@@ -127,6 +127,7 @@ impl Machine {
             ])
             .args(["-qmp", &server("qmp"), "-qmp", &server("other")])
             .args(arguments)
+            .current_dir(folder.path())
             .spawn()
             .unwrap();
         let machine = Self {
