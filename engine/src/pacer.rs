@@ -4,11 +4,15 @@
 //! its debt, so lanes share the rate by what they send, and a change of the rate, or the end, wakes
 //! every sleeper.
 
+use std::num::NonZeroU64;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// What may be saved up while nobody sends.
 const BURST: Duration = Duration::from_millis(10);
+
+/// 1 MiB in bytes.
+const MIB: NonZeroU64 = NonZeroU64::new(1 << 20).unwrap();
 
 /// A shared limit of bytes a second.
 #[derive(Debug)]
@@ -23,7 +27,7 @@ pub enum Bandwidth {
     /// As fast as it goes.
     Unlimited,
     /// At most so many bytes a second.
-    BytesPerSecond(std::num::NonZeroU64),
+    BytesPerSecond(NonZeroU64),
 }
 
 #[derive(Debug)]
@@ -93,6 +97,11 @@ impl Bucket {
 }
 
 impl Bandwidth {
+    /// At most `mib` MiB a second.
+    pub fn mib_per_second(mib: NonZeroU64) -> Self {
+        Self::BytesPerSecond(mib.saturating_mul(MIB))
+    }
+
     fn time_for(self, bytes: u64) -> Duration {
         match self {
             Self::Unlimited => Duration::ZERO,
@@ -106,7 +115,6 @@ impl Bandwidth {
 
 #[cfg(test)]
 mod tests {
-    use std::num::NonZeroU64;
     use std::sync::Arc;
 
     use super::*;

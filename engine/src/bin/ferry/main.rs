@@ -1,3 +1,47 @@
-//! The `ferry` command.
+//! The `ferry` command: arguments and output. Everything else is the engine's.
 
-fn main() {}
+mod args;
+mod ending;
+mod host;
+mod migrate;
+mod progress;
+mod receive;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{Args, Command};
+
+/// Threads of the asynchronous part, which only waits: pages have threads of their own.
+const RUNTIME_THREADS: usize = 2;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = EnvFilter::try_from_env("FERRY_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(RUNTIME_THREADS)
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("ferry: the host gives no threads: {error}");
+            return ExitCode::from(ending::REFUSED);
+        }
+    };
+    let code = runtime.block_on(async {
+        match &args.command {
+            Command::Migrate(migrate) => migrate::run(migrate).await,
+            Command::Receive(receive) => receive::run(receive).await,
+        }
+    });
+    // A VMM that hangs must not keep the command from ending once its end was told.
+    runtime.shutdown_background();
+    code
+}

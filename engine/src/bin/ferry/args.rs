@@ -1,0 +1,178 @@
+//! The arguments.
+
+use std::fmt;
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+/// Moves running QEMU guests to another host.
+///
+/// QEMU is driven over QMP and otherwise untouched: no libvirt, no patched QEMU. The guest is in one
+/// place at every moment, and the exit code says which.
+#[derive(Debug, Parser)]
+#[command(name = "ferry", version, propagate_version = true, after_help = EXIT_CODES)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  moved: the guest is at the target
+  1  failed and kept: the guest is at the source, as it was
+  2  refused: wrong usage, or something that cannot be moved; nothing was changed
+  3  in doubt: only the target knows whose the guest is, and it could not be asked; neither QEMU was
+     touched, and neither may be resumed before somebody has looked at both";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Move the guest of a QEMU on this host to a waiting target
+    Migrate(Migrate),
+    /// Wait, on the target's host, for one guest, and take it into a QEMU started with -incoming defer
+    Receive(Receive),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct Migrate {
+    /// QMP socket of the QEMU whose guest moves: a path
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) qmp: ferry_qmp::Address,
+
+    /// Where `ferry receive` waits: ferry://HOST:PORT
+    #[arg(value_name = "TARGET")]
+    pub(crate) target: TargetUri,
+
+    /// Let the guest run while its RAM is copied; without it the guest is paused for the whole copy
+    #[arg(long)]
+    pub(crate) live: bool,
+
+    /// Leave the guest paused at the target
+    #[arg(long)]
+    pub(crate) suspend: bool,
+
+    /// Longest blackout that is wanted, in ms; the guest runs on until it fits
+    #[arg(long, value_name = "MS", default_value_t = 100)]
+    pub(crate) max_downtime: u64,
+
+    /// At most so many MiB a second on the link; without it, as fast as it goes
+    #[arg(long, value_name = "MIB_PER_S")]
+    pub(crate) bandwidth: Option<NonZeroU64>,
+
+    /// After so many seconds pause the guest and finish, whatever the blackout
+    #[arg(long, value_name = "S")]
+    pub(crate) timeout: Option<u64>,
+
+    /// Leave the source's QEMU stopped after the move instead of ending it
+    #[arg(long)]
+    pub(crate) keep_source: bool,
+
+    /// Show progress: a bar on a terminal, else lines
+    #[arg(long, short)]
+    pub(crate) verbose: bool,
+
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Migrate {
+    pub(crate) fn downtime_limit(&self) -> Duration {
+        Duration::from_millis(self.max_downtime)
+    }
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct Receive {
+    /// QMP socket of the waiting QEMU, started with -incoming defer and the source's devices: a path
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) qmp: ferry_qmp::Address,
+
+    /// Where to wait for the source: ADDR:PORT; port 0 picks a free one
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:0")]
+    pub(crate) listen: String,
+
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Common {
+    /// Print one JSON object at the end
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Allow an address that is not loopback, although everything travels in plain text
+    #[arg(long)]
+    pub(crate) insecure: bool,
+
+    /// Where journals are kept; it must be the same for every migration of a QEMU
+    #[arg(long, value_name = "FOLDER", env = "FERRY_STATE_DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+}
+
+/// `ferry://HOST:PORT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TargetUri {
+    /// `HOST:PORT`.
+    pub(crate) authority: String,
+}
+
+impl FromStr for TargetUri {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let form = "a target is written ferry://HOST:PORT";
+        let authority = text.strip_prefix("ferry://").ok_or(form)?;
+        let (host, port) = authority.rsplit_once(':').ok_or(form)?;
+        let bare_v6 = host.contains(':') && !host.starts_with('[');
+        if host.is_empty() || bare_v6 || port.parse::<u16>().is_err() {
+            return Err(form);
+        }
+        Ok(Self {
+            authority: authority.to_owned(),
+        })
+    }
+}
+
+impl fmt::Display for TargetUri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ferry://{}", self.authority)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_parser_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn targets_are_checked() {
+        for good in [
+            "ferry://localhost:4444",
+            "ferry://[::1]:1",
+            "ferry://10.0.0.1:65535",
+        ] {
+            assert_eq!(good.parse::<TargetUri>().unwrap().to_string(), good);
+        }
+        for bad in [
+            "tcp://a:1",
+            "ferry://a",
+            "ferry://:1",
+            "ferry://a:b",
+            "ferry://a:70000",
+            "ferry://::1:1",
+        ] {
+            bad.parse::<TargetUri>().unwrap_err();
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! How a command ends: words, or one JSON object, and an exit code.
+
+use std::error::Error;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use ferry_engine::Finished;
+use ferry_engine::core::message::{GuestLeft, Outcome, Reason};
+use ferry_engine::core::meter::{Report, RoundReport};
+use ferry_engine::qemu::Problem;
+use serde::Serialize;
+
+/// Wrong usage, or something that cannot be moved; nothing was changed.
+pub(crate) const REFUSED: u8 = 2;
+
+const KEPT: u8 = 1;
+const IN_DOUBT: u8 = 3;
+
+/// Why nothing was begun.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    pub(crate) reason: String,
+    pub(crate) problems: Vec<Problem>,
+}
+
+impl Refusal {
+    pub(crate) fn because(reason: String) -> Self {
+        Self {
+            reason,
+            problems: Vec::new(),
+        }
+    }
+
+    pub(crate) fn of(error: &dyn Error) -> Self {
+        Self::because(chain(error))
+    }
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Json {
+    outcome: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest: Option<&'static str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    problems: Vec<JsonProblem>,
+    #[serde(flatten)]
+    figures: Option<Figures>,
+}
+
+#[derive(Serialize)]
+struct JsonProblem {
+    code: &'static str,
+    found: String,
+    remedy: String,
+}
+
+#[derive(Serialize)]
+struct Figures {
+    total_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    downtime_ms: Option<f64>,
+    setup_ms: f64,
+    bytes_wire: u64,
+    pages_zero: u64,
+    throughput_bytes_per_s: u64,
+    dirty_bytes_per_s: u64,
+    rounds: Vec<JsonRound>,
+}
+
+#[derive(Serialize)]
+struct JsonRound {
+    round: u32,
+    dirty_pages: u64,
+    pages: u64,
+    pages_zero: u64,
+    bytes: u64,
+    ms: f64,
+    dirty_bytes_per_s: u64,
+}
+
+impl From<&RoundReport> for JsonRound {
+    fn from(round: &RoundReport) -> Self {
+        Self {
+            round: round.round.0,
+            dirty_pages: round.dirty_pages,
+            pages: round.pages,
+            pages_zero: round.zero_pages,
+            bytes: round.bytes,
+            ms: ms(round.took),
+            dirty_bytes_per_s: round.dirty_bytes_per_s,
+        }
+    }
+}
+
+impl From<&Report> for Figures {
+    fn from(report: &Report) -> Self {
+        Self {
+            total_ms: ms(report.total),
+            downtime_ms: report.downtime.map(ms),
+            setup_ms: ms(report.setup),
+            bytes_wire: report.bytes_wire,
+            pages_zero: report.zero_pages,
+            throughput_bytes_per_s: report.throughput_bytes_per_s(),
+            dirty_bytes_per_s: report.dirty_bytes_per_s(),
+            rounds: report.rounds.iter().map(JsonRound::from).collect(),
+        }
+    }
+}
+
+/// Milliseconds with three digits: the clock knows no more.
+fn ms(span: Duration) -> f64 {
+    (span.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// How the end of either command is told.
+pub(crate) struct Teller {
+    pub(crate) json: bool,
+    /// Whether the figures are this side's to tell.
+    pub(crate) figures: bool,
+}
+
+impl Teller {
+    /// Nothing was begun.
+    pub(crate) fn refused(&self, refusal: Refusal) -> ExitCode {
+        eprintln!("ferry: {}", refusal.reason);
+        for problem in &refusal.problems {
+            eprintln!("  {problem}");
+        }
+        if self.json {
+            let problems = refusal.problems.iter().map(|problem| JsonProblem {
+                code: problem.code.as_str(),
+                found: problem.found.clone(),
+                remedy: problem.remedy.clone(),
+            });
+            print_json(&Json {
+                outcome: "kept",
+                reason: Some(refusal.reason),
+                guest: Some("untouched"),
+                problems: problems.collect(),
+                figures: None,
+            });
+        }
+        ExitCode::from(REFUSED)
+    }
+
+    /// It is over.
+    pub(crate) fn finished(&self, finished: &Finished) -> ExitCode {
+        let (name, reason, guest, code) = match &finished.outcome {
+            Outcome::Moved => ("moved", None, None, ExitCode::SUCCESS),
+            Outcome::Kept { reason, guest } => {
+                let code = if matches!(guest, GuestLeft::Untouched) {
+                    REFUSED
+                } else {
+                    KEPT
+                };
+                (
+                    "kept",
+                    Some(words(reason)),
+                    Some(guest_word(guest)),
+                    ExitCode::from(code),
+                )
+            }
+            Outcome::InDoubt { reason } => (
+                "in-doubt",
+                Some(words(reason)),
+                None,
+                ExitCode::from(IN_DOUBT),
+            ),
+            _ => ("unknown", None, None, ExitCode::from(IN_DOUBT)),
+        };
+        self.say(finished);
+        if self.json {
+            let figures = self.figures.then(|| Figures::from(&finished.report));
+            print_json(&Json {
+                outcome: name,
+                reason,
+                guest,
+                problems: Vec::new(),
+                figures,
+            });
+        }
+        code
+    }
+
+    fn say(&self, finished: &Finished) {
+        match &finished.outcome {
+            Outcome::Moved if self.figures => eprintln!("{}", summary(&finished.report)),
+            Outcome::Moved => eprintln!("The guest is here now."),
+            Outcome::Kept { reason, guest } => {
+                eprintln!("ferry: not moved: {}", words(reason));
+                eprintln!("{}", guest_sentence(guest));
+            }
+            Outcome::InDoubt { reason } => {
+                eprintln!("ferry: IN DOUBT: {}", words(reason));
+                eprintln!(
+                    "Only the target knows whether it took the guest, and it did not answer. Neither \
+                     QEMU was touched. Look at the target: if its guest runs, end the source's QEMU; \
+                     if its QEMU has ended or was never told to run, resume the source's with QMP \
+                     `cont`. Never let both run."
+                );
+            }
+            _ => eprintln!("ferry: an outcome that this version cannot tell"),
+        }
+    }
+}
+
+fn summary(report: &Report) -> String {
+    let downtime = report.downtime.map_or_else(String::new, |downtime| {
+        format!("; blackout at most {:.1} ms", downtime.as_secs_f64() * 1e3)
+    });
+    format!(
+        "Moved in {:.2} s{downtime}; {} rounds, {} on the wire at {}/s.",
+        report.total.as_secs_f64(),
+        report.rounds.len(),
+        bytes(report.bytes_wire),
+        bytes(report.throughput_bytes_per_s()),
+    )
+}
+
+/// Bytes for people.
+pub(crate) fn bytes(count: u64) -> String {
+    indicatif::BinaryBytes(count).to_string()
+}
+
+fn guest_word(guest: &GuestLeft) -> &'static str {
+    use ferry_engine::vmm::RunState;
+    match guest {
+        GuestLeft::Untouched => "untouched",
+        GuestLeft::Ended => "at-source",
+        GuestLeft::As(RunState::Running) => "running",
+        GuestLeft::As(RunState::Paused) => "paused",
+        GuestLeft::Damaged(_) => "damaged",
+    }
+}
+
+fn guest_sentence(guest: &GuestLeft) -> String {
+    use ferry_engine::vmm::RunState;
+    match guest {
+        GuestLeft::Untouched => "Nothing was changed.".to_owned(),
+        GuestLeft::Ended => "The QEMU here was ended; the guest is the source's.".to_owned(),
+        GuestLeft::As(RunState::Running) => "The guest runs on at the source.".to_owned(),
+        GuestLeft::As(RunState::Paused) => "The guest is paused at the source.".to_owned(),
+        GuestLeft::Damaged(failure) => {
+            format!(
+                "The source could not be put back altogether: {}",
+                chain(failure)
+            )
+        }
+    }
+}
+
+fn words(reason: &Reason) -> String {
+    chain(reason)
+}
+
+/// An error with its causes, in one line, none said twice.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+fn print_json(json: &Json) {
+    match serde_json::to_string(json) {
+        Ok(text) => println!("{text}"),
+        Err(error) => eprintln!("ferry: the JSON report cannot be written: {error}"),
+    }
+}

@@ -1,0 +1,76 @@
+//! What both commands need of the host: addresses that are allowed, and where journals are.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use ferry_engine::job::JournalPlace;
+use ferry_engine::linux::Process;
+use ferry_engine::qemu::{Options, Problem, Qemu, Side};
+use nix::unistd::Uid;
+
+use crate::args::Common;
+use crate::ending::Refusal;
+
+/// Resolves `HOST:PORT`, and refuses what would leave the host in plain text unasked.
+pub(crate) async fn resolve(authority: &str, common: &Common) -> Result<SocketAddr, Refusal> {
+    let addresses = tokio::net::lookup_host(authority).await;
+    let mut addresses =
+        addresses.map_err(|error| Refusal::because(format!("{authority}: {error}")))?;
+    let Some(address) = addresses.next() else {
+        return Err(Refusal::because(format!("{authority} has no address")));
+    };
+    if !address.ip().is_loopback() && !common.insecure {
+        return Err(Refusal::because(format!(
+            "{address} is not a loopback address, and guest memory would travel there in plain text: \
+             use a tunnel, or say --insecure at both ends if the network is yours alone"
+        )));
+    }
+    Ok(address)
+}
+
+/// Attaches, and checks everything that must hold before anything is changed.
+pub(crate) async fn attach(address: &ferry_qmp::Address, side: Side) -> Result<Qemu, Refusal> {
+    let qemu = Qemu::attach(address, &Options::default())
+        .await
+        .map_err(|error| Refusal::of(&error))?;
+    let problems = qemu
+        .problems(side)
+        .await
+        .map_err(|error| Refusal::of(&error))?;
+    if problems.is_empty() {
+        Ok(qemu)
+    } else {
+        Err(refuse(side, problems))
+    }
+}
+
+fn refuse(side: Side, problems: Vec<Problem>) -> Refusal {
+    let which = match side {
+        Side::Source => "this guest cannot be moved",
+        Side::Target => "this QEMU cannot take a guest",
+    };
+    Refusal {
+        reason: which.to_owned(),
+        problems,
+    }
+}
+
+/// The journal of a QEMU: named after its process, which nothing else ever is.
+pub(crate) fn journal(process: &Process, common: &Common) -> JournalPlace {
+    let folder = common.state_dir.clone().unwrap_or_else(default_folder);
+    JournalPlace {
+        folder,
+        name: format!("qemu-{}-{}", process.pid(), process.id().start_time_ticks),
+    }
+}
+
+fn default_folder() -> PathBuf {
+    let uid = Uid::effective();
+    if uid.is_root() {
+        return PathBuf::from("/run/ferry");
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(folder) => PathBuf::from(folder).join("ferry"),
+        None => std::env::temp_dir().join(format!("ferry-{uid}")),
+    }
+}

@@ -1,0 +1,110 @@
+//! `ferry migrate`.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_engine::core::message::Notice;
+use ferry_engine::job::Retire;
+use ferry_engine::link::TcpConnector;
+use ferry_engine::message::Mode;
+use ferry_engine::qemu::Side;
+use ferry_engine::vmm::RunState;
+use ferry_engine::{Bandwidth, Finished, Job, Migration};
+
+use crate::args::Migrate;
+use crate::ending::{Refusal, Teller};
+use crate::{host, progress, receive};
+
+/// How long the target may take to accept a connection.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+pub(crate) async fn run(args: &Migrate) -> ExitCode {
+    let teller = Teller {
+        json: args.common.json,
+        figures: true,
+    };
+    match start(args).await {
+        Ok(job) => teller.finished(&see_through(job, args).await),
+        Err(refusal) => teller.refused(refusal),
+    }
+}
+
+async fn start(args: &Migrate) -> Result<Job, Refusal> {
+    let address = host::resolve(&args.target.authority, &args.common).await?;
+    let qemu = host::attach(&args.qmp, Side::Source).await?;
+    let vm = qemu.vm(Side::Source).map_err(|error| Refusal::of(&error))?;
+    let connector = Arc::new(TcpConnector::new(address.to_string(), CONNECT_LIMIT));
+    let journal = host::journal(qemu.process(), &args.common);
+    let mut source = Migration::source(vm, connector, args.target.to_string(), journal)
+        .with_mode(if args.live { Mode::Live } else { Mode::Paused })
+        .with_downtime_limit(args.downtime_limit())
+        .with_bandwidth(
+            args.bandwidth
+                .map_or(Bandwidth::Unlimited, Bandwidth::mib_per_second),
+        )
+        .with_retire(if args.keep_source {
+            Retire::LeaveStopped
+        } else {
+            Retire::Quit
+        });
+    if args.suspend {
+        source = source.with_run_at_target(RunState::Paused);
+    }
+    if let Some(seconds) = args.timeout {
+        source = source.with_timeout(Duration::from_secs(seconds));
+    }
+    source.start().await.map_err(|error| Refusal::of(&error))
+}
+
+/// Watches it to its end; an interrupt cancels it.
+async fn see_through(mut job: Job, args: &Migrate) -> Finished {
+    let shown = args
+        .verbose
+        .then(|| tokio::spawn(progress::show(job.progress())));
+    let steering = job.steering();
+    let interrupts = tokio::spawn(async move {
+        while receive::interrupted().await {
+            eprintln!("ferry: giving up, the guest stays here");
+            steering.cancel();
+        }
+    });
+    while let Some(notice) = job.notice().await {
+        tell(&notice);
+    }
+    let finished = job.finish().await;
+    interrupts.abort();
+    if let Some(shown) = shown {
+        // Its channel is closed: it ends by itself, after the last line.
+        _ = shown.await;
+    }
+    finished
+}
+
+/// Tells a notice to a person.
+pub(crate) fn tell(notice: &Notice) {
+    let text = match notice {
+        Notice::LimitBelowFloor { limit, floor } => format!(
+            "a blackout of {} ms cannot be had, {} ms count",
+            limit.as_millis(),
+            floor.as_millis()
+        ),
+        Notice::TimeoutSuspends => "the guest is paused now, to finish the move".to_owned(),
+        Notice::GuestStateChanged(RunState::Paused) => {
+            "somebody paused the guest: it will be left paused".to_owned()
+        }
+        Notice::GuestStateChanged(RunState::Running) => {
+            "somebody resumed the guest: it will be left running".to_owned()
+        }
+        Notice::GuestReset => "the guest was reset; the move goes on".to_owned(),
+        Notice::TooLateToCancel => "too late to give up: the guest was given away".to_owned(),
+        Notice::ResumedAfterGiven => {
+            "SOMEBODY RESUMED THE GUEST HERE after it was given away: it was paused again"
+                .to_owned()
+        }
+        Notice::AskingTarget => "the link was lost at the hand-over: asking the target".to_owned(),
+        Notice::Leftover(text) => text.clone(),
+        _ => return,
+    };
+    eprintln!("ferry: {text}");
+}
