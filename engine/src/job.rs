@@ -13,14 +13,14 @@ use tokio::time::timeout;
 
 use crate::control::Silence;
 use crate::core::converge::{Converge, DowntimeLimit};
-use crate::core::message::{Command, Notice, Outcome, Phase};
+use crate::core::message::{Command, Input, Notice, Outcome, Phase};
 use crate::core::meter::{Progress, Report};
 use crate::core::source::{Source, SourceConfig, SourceLimits};
 use crate::core::target::{Target, TargetConfig, TargetLimits};
 use crate::journal::{Journal, JournalError};
 use crate::pacer::{Bandwidth, Pacer};
-use crate::send::{GREETING_LIMIT, VmSide};
-use crate::vmm::{RunState, Vm, VmmError};
+use crate::send::{Flush, GREETING_LIMIT, VmSide};
+use crate::vmm::{Inventory, RunState, Vm, VmmError};
 use crate::worker::{Clock, Facts};
 use crate::{receive, send};
 
@@ -222,7 +222,7 @@ impl SourceBuilder {
     /// Connects, and starts the migration. Within a tokio runtime.
     pub async fn start(self) -> Result<Job, StartError> {
         let Self {
-            mut vm,
+            vm,
             connector,
             peer,
             journal,
@@ -232,7 +232,9 @@ impl SourceBuilder {
         config.session = random_session().map_err(StartError::Host)?;
         let journal = Journal::open(&journal.folder, &journal.name, config.session, &peer)?;
         let clock = Clock::start();
-        let (inventory, state) = (vm.guest.inventory()?, vm.guest.run_state()?);
+        let (sender, inbox) = mpsc::unbounded_channel();
+        let facts = Facts::new(sender, clock);
+        let (first, vm) = first_look(vm, facts.clone()).await?;
         let connection = match timeout(GREETING_LIMIT, connector.connect()).await {
             Ok(Ok(connection)) => connection,
             Ok(Err(source)) => {
@@ -249,10 +251,9 @@ impl SourceBuilder {
             }
         };
         let session = config.session;
-        let machine = Source::new(config, inventory, state, self.converge);
+        let machine = Source::new(config, first.inventory, first.state, self.converge);
         let (commands, orders) = mpsc::unbounded_channel();
         let (notices, told) = mpsc::unbounded_channel();
-        let (sender, inbox) = mpsc::unbounded_channel();
         let (progress, watched) = watch::channel(machine.progress(clock.now()));
         let pacer = Arc::new(Pacer::new(self.bandwidth));
         let parts = send::Parts {
@@ -262,6 +263,7 @@ impl SourceBuilder {
                 guest: vm.guest,
                 state: vm.state,
             },
+            flush: first.flush,
             tracker: vm.tracker,
             ram: vm.ram,
             connector,
@@ -270,7 +272,7 @@ impl SourceBuilder {
             retire: self.retire,
             silence: self.silence,
             clock,
-            facts: Facts::new(sender, clock),
+            facts,
             inbox,
             commands: orders,
             progress,
@@ -309,9 +311,9 @@ impl TargetBuilder {
     }
 
     /// Starts to serve. Within a tokio runtime.
-    pub fn start(self) -> Result<TargetJob, StartError> {
+    pub async fn start(self) -> Result<TargetJob, StartError> {
         let Self {
-            mut vm,
+            vm,
             acceptor,
             journal,
             config,
@@ -320,10 +322,12 @@ impl TargetBuilder {
         let session = SessionId([0; 16]);
         let journal = Journal::open(&journal.folder, &journal.name, session, "")?;
         let clock = Clock::start();
-        let machine = Target::new(config, vm.guest.inventory()?);
+        let (sender, inbox) = mpsc::unbounded_channel();
+        let facts = Facts::new(sender, clock);
+        let (first, vm) = first_look(vm, facts.clone()).await?;
+        let machine = Target::new(config, first.inventory);
         let (commands, orders) = mpsc::unbounded_channel();
         let (notices, told) = mpsc::unbounded_channel();
-        let (sender, inbox) = mpsc::unbounded_channel();
         let (phase, watched) = watch::channel(machine.phase());
         let parts = receive::Parts {
             machine,
@@ -336,7 +340,7 @@ impl TargetBuilder {
             journal,
             silence,
             clock,
-            facts: Facts::new(sender, clock),
+            facts,
             inbox,
             commands: orders,
             phase,
@@ -350,6 +354,34 @@ impl TargetBuilder {
             driver: tokio::spawn(driver.run()),
         })
     }
+}
+
+/// What is read of a VM before its thread is started.
+struct FirstLook {
+    inventory: Inventory,
+    state: RunState,
+    flush: Flush,
+}
+
+/// Begins to watch the guest and reads what it is: on a thread that may block, like all that the VM
+/// is asked.
+async fn first_look(mut vm: Vm, facts: Facts) -> Result<(FirstLook, Vm), StartError> {
+    let look = tokio::task::spawn_blocking(move || {
+        vm.guest
+            .watch(Arc::new(move |event| facts.tell(Input::Guest(event))))?;
+        let (inventory, state) = (vm.guest.inventory()?, vm.guest.run_state()?);
+        Ok((
+            FirstLook {
+                inventory,
+                state,
+                flush: vm.guest.flusher(),
+            },
+            vm,
+        ))
+    });
+    look.await
+        .unwrap_or_else(|error| Err(VmmError::failed("reading the VM", error)))
+        .map_err(Into::into)
 }
 
 fn random_session() -> io::Result<SessionId> {

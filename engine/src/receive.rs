@@ -25,7 +25,7 @@ use crate::job::Finished;
 use crate::journal::Journal;
 use crate::lanes::receive::Receivers;
 use crate::lanes::send::chain;
-use crate::send::{GREETING_LIMIT, PARTING, VmSide, order_journal, watch_guest};
+use crate::send::{GREETING_LIMIT, PARTING, VmSide, order_journal};
 use crate::vmm::{Ram, VmmError};
 use crate::worker::{Clock, Facts, Worker};
 
@@ -88,8 +88,7 @@ enum Event {
 impl Driver {
     /// Starts the threads and the taking of connections.
     pub(crate) fn start(parts: Parts) -> io::Result<Self> {
-        let Parts { mut vm, facts, .. } = parts;
-        watch_guest(&mut vm, &facts);
+        let Parts { vm, facts, .. } = parts;
         let (greeted, arrivals) = mpsc::channel(MAX_GREETINGS);
         Ok(Self {
             machine: parts.machine,

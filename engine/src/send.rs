@@ -52,13 +52,14 @@ struct TrackSide {
     ram: Arc<dyn Ram>,
 }
 
-type Flush = Box<dyn FnMut() -> Result<(), VmmError> + Send>;
+pub(crate) type Flush = Box<dyn FnMut() -> Result<(), VmmError> + Send>;
 
 /// What the driver is made of.
 pub(crate) struct Parts {
     pub(crate) machine: Source,
     pub(crate) session: SessionId,
     pub(crate) vm: VmSide,
+    pub(crate) flush: Flush,
     pub(crate) tracker: Box<dyn Tracker>,
     pub(crate) ram: Arc<dyn Ram>,
     pub(crate) connector: Arc<dyn Connector>,
@@ -110,7 +111,8 @@ impl Driver {
         let Parts {
             machine,
             session,
-            mut vm,
+            vm,
+            flush,
             tracker,
             ram,
             facts,
@@ -125,8 +127,6 @@ impl Driver {
             counters: Arc::new(Counters::default()),
             facts: facts.clone(),
         };
-        let flush = vm.guest.flusher();
-        watch_guest(&mut vm, &facts);
         Ok(Self {
             vm: Worker::start("ferry-vm", vm, facts.clone())?,
             tracker: Worker::start("ferry-track", TrackSide { tracker, ram }, facts.clone())?,
@@ -362,17 +362,6 @@ impl Driver {
 
 fn outcome_moved(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::Moved)
-}
-
-/// Guest events become facts. A VM that cannot be watched cannot be moved: that is a fact as well.
-pub(crate) fn watch_guest(vm: &mut VmSide, facts: &Facts) {
-    let sink = facts.clone();
-    let watched = vm
-        .guest
-        .watch(Arc::new(move |event| sink.tell(Input::Guest(event))));
-    if let Err(error) = watched {
-        facts.tell(Input::Failed(Failure::new(Step::Inventory, error)));
-    }
 }
 
 pub(crate) fn order_journal(journal: &Worker<Journal>, record: Record) {

@@ -232,7 +232,8 @@ pub enum PauseFor {
 
 /// The guest: its run state, and the life of its VMM.
 ///
-/// All methods of this trait and of [`DeviceState`] are called from one thread, one at a time.
+/// The methods of this trait and of [`DeviceState`] are called one at a time, from threads that may
+/// block: the first three before the VM thread starts, all others from it.
 pub trait Guest: Send {
     /// From now on tells `sink` what happens to the guest without the engine's doing.
     fn watch(&mut self, sink: EventSink) -> Result<(), VmmError>;

@@ -15,6 +15,7 @@
 mod dir;
 mod disk;
 mod error;
+mod ferry;
 #[path = "../guest/fields.rs"]
 mod fields;
 mod initramfs;
@@ -30,6 +31,7 @@ mod wait;
 pub use dir::{QemuVersion, testbed_dir};
 pub use disk::{Disk, DiskFormat};
 pub use error::TestbedError;
+pub use ferry::{Ended, Ferry, ferry_binary};
 pub use fields::Field;
 pub use linux::{Content, Linux, Pattern, Sweep};
 pub use machine::{Accel, Backing, Device, Machine, Populate};

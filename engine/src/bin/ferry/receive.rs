@@ -33,7 +33,9 @@ async fn start(args: &Receive) -> Result<TargetJob, Refusal> {
         .map_err(listening)?;
     let address = acceptor.local_addr().map_err(listening)?;
     let journal = host::journal(qemu.process(), &args.common);
-    let job = Migration::target(vm, Box::new(acceptor), journal).start();
+    let job = Migration::target(vm, Box::new(acceptor), journal)
+        .start()
+        .await;
     let job = job.map_err(|error| Refusal::of(&error))?;
     // Whoever started this command waits for the line; on a pipe it would stay in a buffer.
     println!("Listening on ferry://{address}");

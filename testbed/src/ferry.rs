@@ -1,0 +1,199 @@
+//! The `ferry` command, as a user would run it.
+
+use std::ffi::OsStr;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::{Qemu, TestbedError, wait_until};
+
+/// How long `ferry receive` may take until it listens: it checks all of QEMU first.
+const LISTEN_BOUND: Duration = Duration::from_secs(20);
+
+/// Where the command was built: `FERRY_BIN`, or beside the program that runs.
+pub fn ferry_binary() -> Result<PathBuf, TestbedError> {
+    if let Some(path) = std::env::var_os("FERRY_BIN") {
+        return Ok(path.into());
+    }
+    let here = std::env::current_exe().map_err(TestbedError::io("own path"))?;
+    let built = here
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join("ferry"));
+    built
+        .into_iter()
+        .find(|path| path.is_file())
+        .ok_or_else(|| TestbedError::Program {
+            program: "ferry".into(),
+            log: "it is not built: cargo build -p ferry-engine".into(),
+        })
+}
+
+/// A running `ferry` command, killed when dropped.
+#[derive(Debug)]
+pub struct Ferry {
+    child: Child,
+    stdout: JoinHandle<String>,
+    stderr: JoinHandle<String>,
+}
+
+/// How a `ferry` command ended.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// Its status.
+    pub status: ExitStatus,
+    /// All that it printed.
+    pub stdout: String,
+    /// All that it told.
+    pub stderr: String,
+}
+
+impl Ended {
+    /// The exit code; 128 and the signal's number when a signal ended it, as a shell has it.
+    pub fn code(&self) -> i32 {
+        let signal = self.status.signal().map(|number| 128 + number);
+        self.status.code().or(signal).unwrap_or(-1)
+    }
+
+    /// The JSON object that `--json` prints; null when there is none.
+    pub fn json(&self) -> Value {
+        let object = self.stdout.lines().rev().find(|line| line.starts_with('{'));
+        object
+            .and_then(|line| serde_json::from_str(line).ok())
+            .unwrap_or_default()
+    }
+}
+
+impl Ferry {
+    /// Starts `ferry` with `args`; its journals go to `state`'s folder.
+    fn spawn(
+        state: &Qemu,
+        args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Result<(Self, mpsc::Receiver<String>), TestbedError> {
+        let mut child = Command::new(ferry_binary()?)
+            .args(args)
+            .env("FERRY_STATE_DIR", state.folder().join("state"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(TestbedError::io("start ferry"))?;
+        let (first, line) = mpsc::channel();
+        let stdout = child.stdout.take().expect("stdout is a pipe");
+        let mut stderr = child.stderr.take().expect("stderr is a pipe");
+        let stdout = std::thread::spawn(move || read_telling_first(stdout, &first));
+        let stderr = std::thread::spawn(move || {
+            let mut text = String::new();
+            _ = stderr.read_to_string(&mut text);
+            text
+        });
+        Ok((
+            Self {
+                child,
+                stdout,
+                stderr,
+            },
+            line,
+        ))
+    }
+
+    /// Starts `ferry receive` for `qemu` and waits until it listens; tells where.
+    pub fn receive(qemu: &Qemu, more: &[&str]) -> Result<(Self, String), TestbedError> {
+        let socket = qemu.qmp_path();
+        let mut args: Vec<&OsStr> = vec!["receive".as_ref(), "--qmp".as_ref(), socket.as_ref()];
+        args.extend(more.iter().map(OsStr::new));
+        let (ferry, line) = Self::spawn(qemu, args)?;
+        let told = line.recv_timeout(LISTEN_BOUND).unwrap_or_default();
+        match told.trim_end().strip_prefix("Listening on ") {
+            Some(uri) => Ok((ferry, uri.to_owned())),
+            None => {
+                let ended = ferry.wait(LISTEN_BOUND)?;
+                Err(failed(ended.stderr))
+            }
+        }
+    }
+
+    /// Starts `ferry migrate` of `qemu` to `uri`.
+    pub fn migrate(qemu: &Qemu, uri: &str, more: &[&str]) -> Result<Self, TestbedError> {
+        let socket = qemu.qmp_path();
+        let mut args: Vec<&OsStr> = vec![
+            "migrate".as_ref(),
+            "--json".as_ref(),
+            "--qmp".as_ref(),
+            socket.as_ref(),
+        ];
+        args.extend(more.iter().map(OsStr::new));
+        args.push(uri.as_ref());
+        Ok(Self::spawn(qemu, args)?.0)
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<(), TestbedError> {
+        let pid = i32::try_from(self.child.id()).expect("a pid fits in an i32");
+        kill(Pid::from_raw(pid), signal).map_err(|errno| TestbedError::io("signal")(errno.into()))
+    }
+
+    /// Waits for its end, at most `bound`.
+    pub fn wait(mut self, bound: Duration) -> Result<Ended, TestbedError> {
+        let ended = wait_until("ferry ends", bound, || self.child.try_wait().ok().flatten());
+        let killed = ended.is_err();
+        if killed {
+            _ = self.child.kill();
+        }
+        let status = self
+            .child
+            .wait()
+            .map_err(TestbedError::io("wait for ferry"))?;
+        let take = |thread: &mut JoinHandle<String>| {
+            std::mem::replace(thread, std::thread::spawn(String::new))
+                .join()
+                .unwrap_or_default()
+        };
+        let (stdout, stderr) = (take(&mut self.stdout), take(&mut self.stderr));
+        if killed {
+            return Err(failed(format!("it hung: {stdout}{stderr}")));
+        }
+        Ok(Ended {
+            status,
+            stdout,
+            stderr,
+        })
+    }
+}
+
+impl Drop for Ferry {
+    fn drop(&mut self) {
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+fn failed(log: String) -> TestbedError {
+    TestbedError::Program {
+        program: "ferry".into(),
+        log,
+    }
+}
+
+fn read_telling_first(stdout: ChildStdout, first: &mpsc::Sender<String>) -> String {
+    let mut reader = BufReader::new(stdout);
+    let mut text = String::new();
+    _ = reader.read_line(&mut text);
+    _ = first.send(text.clone());
+    _ = reader.read_to_string(&mut text);
+    text
+}
