@@ -5,6 +5,7 @@
 //! | a QEMU with its RAM, sockets and console, gone when dropped | [`Machine`], [`Qemu`] |
 //! | a Linux guest that checks its own memory and disk | [`Linux`], [`Status`] |
 //! | a bare-metal guest that dirties exactly the pages it is told to | [`tiny`] |
+//! | two hosts and a wire of known speed, which can be cut | [`Link`] |
 //! | what the guest saw of a migration: blackout and brown-out | [`Probe`] |
 //!
 //! The QEMUs and the guest's kernel are unpacked by `testbed/setup`, once, into
@@ -19,6 +20,7 @@ mod ferry;
 #[path = "../guest/fields.rs"]
 mod fields;
 mod initramfs;
+mod link;
 mod linux;
 mod machine;
 mod monitor;
@@ -33,6 +35,7 @@ pub use disk::{Disk, DiskFormat};
 pub use error::TestbedError;
 pub use ferry::{Ended, Ferry, ferry_binary};
 pub use fields::Field;
+pub use link::{End, Link};
 pub use linux::{Content, Linux, Pattern, Sweep};
 pub use machine::{Accel, Backing, Device, Machine, Populate};
 pub use monitor::Monitor;

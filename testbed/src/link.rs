@@ -1,0 +1,173 @@
+//! A network of two hosts on one machine: two namespaces and a wire of known speed between them.
+//!
+//! Loopback is faster than any network and never loses its link. Here the rate is the kernel's own
+//! token bucket's, and the wire can be cut. QEMU's sockets are files and work from either side.
+
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use nix::sched::{CloneFlags, setns};
+
+use crate::TestbedError;
+
+/// What the token bucket lets through at once: enough that the kernel's timers do not limit the rate.
+const BURST: &str = "256kb";
+
+/// How long a packet may wait for a token; what would wait longer is dropped, and TCP slows down.
+const QUEUE: &str = "20ms";
+
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+/// One of the two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Where the guest comes from.
+    Source,
+    /// Where it goes.
+    Target,
+}
+
+/// Two namespaces with a wire, gone when dropped. Needs root, `ip` and `tc`.
+#[derive(Debug)]
+pub struct Link {
+    name: String,
+    rate_mbit_per_s: u32,
+}
+
+impl Link {
+    /// Lays a wire that carries `rate_mbit_per_s` in each direction.
+    pub fn lay(rate_mbit_per_s: u32) -> Result<Self, TestbedError> {
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        // Interface names have at most 15 characters: p4194304-999-s fits.
+        let name = format!("p{}-{number}", std::process::id());
+        // Dropped, and so removed, when one of the steps fails.
+        let link = Self {
+            name,
+            rate_mbit_per_s,
+        };
+        for end in [End::Source, End::Target] {
+            run("ip", &format!("netns add {}", link.namespace(end)))?;
+        }
+        let [a, b] = [End::Source, End::Target].map(|end| link.namespace(end));
+        run(
+            "ip",
+            &format!("link add {a} netns {a} type veth peer name {b} netns {b}"),
+        )?;
+        for end in [End::Source, End::Target] {
+            let (name, address) = (link.namespace(end), link.address(end));
+            run(
+                "ip",
+                &format!("-n {name} address add {address}/30 dev {name}"),
+            )?;
+            run("ip", &format!("-n {name} link set lo up"))?;
+            run("ip", &format!("-n {name} link set {name} up"))?;
+        }
+        link.mend()?;
+        Ok(link)
+    }
+
+    /// The address of a host, seen from both.
+    #[allow(
+        clippy::unused_self,
+        reason = "an address means nothing without its link"
+    )]
+    pub fn address(&self, end: End) -> IpAddr {
+        // Every link has namespaces of its own, so that all may use the same network.
+        let host = match end {
+            End::Source => 1,
+            End::Target => 2,
+        };
+        Ipv4Addr::new(10, 99, 0, host).into()
+    }
+
+    /// A command that will run on a host. The process is the program's own.
+    pub fn command(&self, end: End, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.namespace(end)]);
+        command.arg(program);
+        command
+    }
+
+    /// Runs `work` on a host, in a thread of its own; sockets made there belong to it for ever.
+    ///
+    /// # Panics
+    ///
+    /// When `work` does.
+    pub fn on<T: Send>(
+        &self,
+        end: End,
+        work: impl FnOnce() -> T + Send,
+    ) -> Result<T, TestbedError> {
+        let path = format!("/run/netns/{}", self.namespace(end));
+        let error = || TestbedError::io(format!("enter {path}"));
+        let namespace = File::open(&path).map_err(error())?;
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                setns(namespace, CloneFlags::CLONE_NEWNET)
+                    .map_err(|errno| error()(errno.into()))
+                    .map(|()| work())
+            });
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Cuts the wire: nothing arrives any more, and nobody is told.
+    pub fn cut(&self) -> Result<(), TestbedError> {
+        self.queue("blackhole")
+    }
+
+    /// Mends a cut wire.
+    pub fn mend(&self) -> Result<(), TestbedError> {
+        let rate = self.rate_mbit_per_s;
+        self.queue(&format!(
+            "tbf rate {rate}mbit burst {BURST} latency {QUEUE}"
+        ))
+    }
+
+    /// Puts a queueing discipline before both ends of the wire.
+    fn queue(&self, discipline: &str) -> Result<(), TestbedError> {
+        for end in [End::Source, End::Target] {
+            let name = self.namespace(end);
+            let arguments = format!("-n {name} qdisc replace dev {name} root {discipline}");
+            run("tc", &arguments)?;
+        }
+        Ok(())
+    }
+
+    fn namespace(&self, end: End) -> String {
+        let side = match end {
+            End::Source => "s",
+            End::Target => "t",
+        };
+        format!("{}-{side}", self.name)
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        for end in [End::Source, End::Target] {
+            // The interfaces go with their namespaces. One that was never made is no matter.
+            let _ = run("ip", &format!("netns delete {}", self.namespace(end)));
+        }
+    }
+}
+
+fn run(program: &str, arguments: &str) -> Result<(), TestbedError> {
+    let output = Command::new(program)
+        .args(arguments.split_whitespace())
+        .stdin(Stdio::null())
+        .output()
+        .map_err(TestbedError::io(format!("start {program} (of iproute2)")))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(TestbedError::Program {
+        program: format!("{program} {arguments}"),
+        log: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}
