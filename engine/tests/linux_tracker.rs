@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_engine::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
-use ferry_engine::linux::{RamTracker, TrackedRange};
+use ferry_engine::linux::uffd::{Features, Mode, Uffd};
+use ferry_engine::linux::{RamTracker, TrackedRange, inject};
 use ferry_engine::vmm::{Rearm, Tracker, VmmError};
 use linux_child::{HUGE_PAGE, Ram, Tracked};
 use proptest::prelude::*;
@@ -26,14 +27,16 @@ fn tracker_of(child: &Tracked) -> RamTracker {
     RamTracker::new(Arc::clone(&child.process), vec![range])
 }
 
-/// The pages of one collection. A page that is told twice is a defect.
+/// The pages of one collection, which tells each once and in order.
 fn collect(tracker: &mut RamTracker, rearm: Rearm) -> BTreeSet<u64> {
     let mut pages = BTreeSet::new();
     let mut add = |region, range: PageRange| {
         assert_eq!(region, REGION);
-        for page in range.first.0..range.end().0 {
-            assert!(pages.insert(page), "page {page} was told twice");
-        }
+        assert!(
+            pages.last().is_none_or(|last| *last < range.first.0),
+            "told twice, or out of order"
+        );
+        pages.extend(range.first.0..range.end().0);
     };
     tracker.collect(rearm, &mut add).unwrap();
     pages
@@ -176,6 +179,40 @@ fn no_write_is_lost_on_hugetlb() {
     loses_no_write(&Ram::hugetlb(RAM_BYTES));
 }
 
+/// More memory than one thread looks at.
+#[test]
+fn a_look_in_parallel_is_exact() {
+    const LARGE_BYTES: u64 = (5 << 30) / 2;
+    let ram = Ram::memfd(LARGE_BYTES);
+    let mut child = Tracked::start(ram.path());
+    let mut tracker = tracker_of(&child);
+    tracker.start().unwrap();
+    let last = LARGE_BYTES / PAGE_SIZE as u64 - 1;
+    let pages: BTreeSet<_> = (0..=last).step_by(1_021).chain([last]).collect();
+    write(&mut child, &pages);
+    assert_eq!(collect(&mut tracker, Rearm::No), pages);
+    assert_eq!(collect(&mut tracker, Rearm::Yes), pages);
+    assert_eq!(collect(&mut tracker, Rearm::No), BTreeSet::new());
+}
+
+/// An engine that was killed leaves its descriptor; the next one tracks all the same.
+#[test]
+fn what_a_dead_engine_left_is_closed() {
+    let ram = Ram::memfd(RAM_BYTES);
+    let child = Tracked::start(ram.path());
+    let before = child.descriptors();
+    let fd = inject::userfaultfd(&child.process).unwrap();
+    let uffd = Uffd::from_fd(child.process.take_fd(fd).unwrap());
+    uffd.api(Features::TRACK_WRITES).unwrap();
+    uffd.register(&child.ram().addresses(), Mode::WP).unwrap();
+    // It dies.
+    drop(uffd);
+    let mut tracker = tracker_of(&child);
+    tracker.start().unwrap();
+    tracker.stop().unwrap();
+    assert_eq!(child.descriptors(), before);
+}
+
 #[test]
 fn leaves_the_descriptors_as_they_were() {
     let ram = Ram::memfd(RAM_BYTES);
@@ -201,18 +238,33 @@ fn leaves_the_descriptors_as_they_were() {
 #[test]
 fn a_start_that_fails_undoes_everything() {
     let ram = Ram::memfd(RAM_BYTES);
-    let child = Tracked::start(ram.path());
+    let mut child = Tracked::start(ram.path());
     let before = child.descriptors();
-    let mut first = tracker_of(&child);
-    first.start().unwrap();
-    // The same memory again: refused after a userfaultfd was made and one range registered.
-    let refused = tracker_of(&child).start();
+    let all = child.ram().addresses();
+    let middle = u64::midpoint(all.start, all.end);
+    let range = |addresses| TrackedRange {
+        region: REGION,
+        addresses,
+    };
+    let track = |ranges| RamTracker::new(Arc::clone(&child.process), ranges);
+    let mut upper = track(vec![range(middle..all.end)]);
+    let mut both = track(vec![range(all.start..middle), range(middle..all.end)]);
+    let mut lower = track(vec![range(all.start..middle)]);
+    upper.start().unwrap();
+    // Refused at its second range, when the first is registered already.
+    let refused = both.start();
     assert!(
         matches!(refused, Err(VmmError::Unfit { .. })),
         "{refused:?}"
     );
-    assert_eq!(child.descriptors().len(), before.len() + 1);
-    first.stop().unwrap();
+    assert_eq!(child.descriptors(), before);
+    lower.start().unwrap();
+    lower.stop().unwrap();
+    // The one that is at work is not disturbed.
+    write(&mut child, &BTreeSet::from([5, PAGES / 2, PAGES - 1]));
+    let reported = collect(&mut upper, Rearm::Yes);
+    assert_eq!(reported, BTreeSet::from([0, PAGES / 2 - 1]));
+    upper.stop().unwrap();
     assert_eq!(child.descriptors(), before);
 }
 

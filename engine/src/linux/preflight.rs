@@ -1,11 +1,5 @@
 //! Whether a process can be tracked, asked before anything is touched.
 
-use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-
-use nix::errno::Errno;
-use nix::libc;
-
 use super::pagemap::Pagemap;
 use super::uffd::{Features, Uffd};
 use super::{Error, Process, inject};
@@ -91,9 +85,9 @@ fn try_pagemap_scan() -> Result<(), Error> {
 
 /// Asks a userfaultfd of our own, of the kind that is permitted to everyone.
 fn try_features() -> Result<(), Error> {
-    let uffd =
-        Uffd::from_fd(user_mode_userfaultfd().map_err(|error| Error::call("userfaultfd", error))?);
-    uffd.api(Features::TRACK_WRITES).map(drop)
+    Uffd::new_for_user_mode()?
+        .api(Features::TRACK_WRITES)
+        .map(drop)
 }
 
 /// The kernel permits it to a process that has the capability, and to all when the setting is 1.
@@ -113,15 +107,4 @@ fn may_use_userfaultfd(process: &Process) -> Result<bool, Error> {
         });
     };
     Ok(effective & (1 << CAP_SYS_PTRACE) != 0)
-}
-
-fn user_mode_userfaultfd() -> io::Result<OwnedFd> {
-    /// `UFFD_USER_MODE_ONLY`.
-    const USER_MODE_ONLY: libc::c_int = 1;
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
-    // SAFETY: userfaultfd takes an integer and touches no memory of ours.
-    let result = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-    let number = RawFd::try_from(Errno::result(result)?).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

@@ -32,7 +32,7 @@ use nix::sys::stat::{FileStat, fstat, major, minor};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
-use super::maps::{Device, Mapping};
+use super::maps::{self, Device, Mapping};
 use super::{Error, Process};
 use crate::core::layout::PAGE_SIZE;
 
@@ -59,8 +59,10 @@ impl RamFile {
     /// Fails with [`Error::NoSuchFile`] when the process has no descriptor of it left and the kernel
     /// does not let us go through the mapping itself, which takes `CAP_CHECKPOINT_RESTORE`.
     pub fn open(process: &Process, mapping: &Mapping, access: Access) -> Result<Self, Error> {
-        let path = find_descriptor(process, mapping)?
-            .unwrap_or_else(|| format!("map_files/{:x}-{:x}", mapping.start, mapping.end));
+        let path = match find_descriptor(process, mapping)? {
+            Some(path) => path,
+            None => find_first_piece(process, mapping)?,
+        };
         let flags = match access {
             Access::Read => OFlag::O_RDONLY,
             Access::ReadWrite => OFlag::O_RDWR,
@@ -178,6 +180,15 @@ fn find_descriptor(process: &Process, mapping: &Mapping) -> Result<Option<String
         }
     }
     Ok(None)
+}
+
+/// Where below the process's folder in `/proc` the mapping itself leads to the file. What was joined
+/// by [`maps::runs`] has an entry for each piece.
+fn find_first_piece(process: &Process, mapping: &Mapping) -> Result<String, Error> {
+    let pieces = maps::of_process(process)?;
+    let first = pieces.iter().find(|piece| piece.start == mapping.start);
+    let first = first.ok_or_else(|| no_such_file(process, mapping))?;
+    Ok(format!("map_files/{:x}-{:x}", first.start, first.end))
 }
 
 fn no_way_through_mapping(path: &str, error: &io::Error) -> bool {

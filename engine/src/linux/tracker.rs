@@ -10,8 +10,12 @@
 //! that share the memory, and of devices into pages that were pinned before they were protected. The
 //! VMM's adapter must refuse or drain these.
 
+use std::io::ErrorKind;
 use std::ops::Range;
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use super::pagemap::Pagemap;
 use super::uffd::{Features, Mode, RangeIoctls, Uffd};
@@ -25,6 +29,13 @@ const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
 /// Bytes that one entry of the second level of page tables maps on x86-64.
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
+/// What one thread looks at before it takes the next piece: a fraction of a millisecond's work, and
+/// whole pages of any backing below this size.
+const PIECE_BYTES: u64 = 1 << 30;
+
+/// Most threads that look at once.
+const MAX_LOOKERS: usize = 16;
+
 /// Guest RAM within the process: page 0 of `region` is at the first address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrackedRange {
@@ -35,6 +46,13 @@ pub struct TrackedRange {
 }
 
 impl TrackedRange {
+    /// The range cut into [`PIECE_BYTES`].
+    fn pieces(&self) -> impl Iterator<Item = (&Self, Range<u64>)> {
+        let Range { start, end } = self.addresses;
+        let starts = (0..(end - start).div_ceil(PIECE_BYTES)).map(move |n| start + n * PIECE_BYTES);
+        starts.map(move |at| (self, at..(at + PIECE_BYTES).min(end)))
+    }
+
     fn pages(&self, written: &Range<u64>) -> PageRange {
         let base = self.addresses.start;
         PageRange::covering(written.start - base..written.end - base)
@@ -60,6 +78,7 @@ impl RamTracker {
     }
 
     fn begin(&self) -> Result<Watch, Error> {
+        close_leftovers(&self.process)?;
         // Dropped on every error below, which undoes all that came before.
         let watch = Watch::new(Arc::clone(&self.process))?;
         watch.uffd.api(Features::TRACK_WRITES)?;
@@ -141,15 +160,41 @@ impl Watch {
         rearm: Rearm,
         found: &mut dyn FnMut(RegionIndex, PageRange),
     ) -> Result<(), Error> {
-        let scanned = ranges.iter().try_for_each(|range| {
-            self.pagemap.scan(&range.addresses, rearm, &mut |written| {
-                found(range.region, range.pages(&written));
-            })
-        });
+        let scanned = match rearm {
+            Rearm::Yes => ranges.iter().try_for_each(|range| {
+                self.pagemap.scan(&range.addresses, rearm, &mut |written| {
+                    found(range.region, range.pages(&written));
+                })
+            }),
+            Rearm::No => self.look(ranges, found),
+        };
         // The memory of a process that has ended is empty. Some kernels call that an error, others
         // find nothing written in it.
         self.remote.process.check_alive()?;
         scanned
+    }
+
+    /// Scans without protecting, in the blackout: on every core, since it scales. Protecting does not.
+    fn look(
+        &self,
+        ranges: &[TrackedRange],
+        found: &mut dyn FnMut(RegionIndex, PageRange),
+    ) -> Result<(), Error> {
+        let pieces: Vec<_> = ranges.iter().flat_map(TrackedRange::pieces).collect();
+        let look_at = |(range, addresses): &(&TrackedRange, Range<u64>)| {
+            let mut pages = Vec::new();
+            let scanned = self.pagemap.scan(addresses, Rearm::No, &mut |written| {
+                pages.push(range.pages(&written));
+            });
+            scanned.map(|()| pages)
+        };
+        let looks = in_parallel(&pieces, look_at);
+        for ((range, _), pages) in pieces.iter().zip(looks) {
+            for run in pages? {
+                found(range.region, run);
+            }
+        }
+        Ok(())
     }
 
     /// Has transparent huge pages mapped as small ones, so that a write shows one small page.
@@ -198,6 +243,59 @@ impl Watch {
     }
 }
 
+/// Does `work` for every item on as many cores as there are, and returns the outcomes in order.
+fn in_parallel<I: Sync, T: Send>(items: &[I], work: impl Fn(&I) -> T + Sync) -> Vec<T> {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let threads = cores.min(MAX_LOOKERS).min(items.len());
+    if threads < 2 {
+        return items.iter().map(work).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let take_turns = || {
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(index) else {
+                return done;
+            };
+            done.push((index, work(item)));
+        }
+    };
+    let mut outcomes: Vec<_> = thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(take_turns)).collect();
+        let ours = take_turns();
+        let theirs = others
+            .into_iter()
+            .flat_map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        theirs.chain(ours).collect()
+    });
+    outcomes.sort_unstable_by_key(|(index, _)| *index);
+    outcomes.into_iter().map(|(_, outcome)| outcome).collect()
+}
+
+/// Closes what an engine that died has left in the process: it would keep us from tracking.
+///
+/// No other user of userfaultfd agrees on these very features for a VMM. Should an engine be alive
+/// and at work on this guest, its own duplicate keeps its watch, and ours is refused.
+fn close_leftovers(process: &Process) -> Result<(), Error> {
+    for fd in process.fds()? {
+        // Descriptors come and go while we look.
+        let is_userfaultfd = process
+            .fd_link(fd)
+            .is_ok_and(|link| link == USERFAULTFD_LINK);
+        if !is_userfaultfd {
+            continue;
+        }
+        let info = process.read_proc(&format!("fdinfo/{}", fd.0))?;
+        let features = Uffd::features_in_fdinfo(&String::from_utf8_lossy(&info));
+        if features.is_some_and(|features| features.contains(Features::TRACK_WRITES)) {
+            tracing::warn!(pid = %process.pid(), %fd, "closing what an earlier migration left");
+            inject::close(process, fd)?;
+        }
+    }
+    Ok(())
+}
+
 /// A userfaultfd that the process made for us and does not know of. Dropping it closes it there.
 #[derive(Debug)]
 struct RemoteUffd {
@@ -232,10 +330,12 @@ impl RemoteUffd {
     fn close_in_process(&self) -> Result<(), Error> {
         let pid = self.process.pid();
         // Nobody else knows this descriptor. But to close one of the guest's disks is not to be undone.
-        if self.process.fd_link(self.fd)? != USERFAULTFD_LINK {
-            return Err(Error::ForeignFd { pid, fd: self.fd });
+        match self.process.fd_link(self.fd) {
+            Ok(link) if link == USERFAULTFD_LINK => inject::close(&self.process, self.fd),
+            Ok(_) => Err(Error::ForeignFd { pid, fd: self.fd }),
+            Err(Error::Call { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
         }
-        inject::close(&self.process, self.fd)
     }
 }
 

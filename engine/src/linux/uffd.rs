@@ -3,8 +3,8 @@
 //! The descriptor acts on the address space that made it, whoever calls: taken out of another process
 //! with [`Process::take_fd`](super::Process::take_fd), it serves us as it would serve that process.
 
-use std::ops::{BitAnd, BitOr, Range};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -16,6 +16,9 @@ const API_VERSION: u64 = 0xAA;
 
 /// Group of the ioctls.
 const GROUP: u8 = 0xAA;
+
+/// `UFFD_USER_MODE_ONLY`.
+const USER_MODE_ONLY: libc::c_int = 1;
 
 /// A set of `UFFD_FEATURE_*`, agreed once for each descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,23 +44,7 @@ impl Features {
 
     /// True when every feature of `wanted` is in this set.
     pub fn contains(self, wanted: Self) -> bool {
-        self & wanted == wanted
-    }
-}
-
-impl BitOr for Features {
-    type Output = Self;
-
-    fn bitor(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-}
-
-impl BitAnd for Features {
-    type Output = Self;
-
-    fn bitand(self, other: Self) -> Self {
-        Self(self.0 & other.0)
+        self.0 & wanted.0 == wanted.0
     }
 }
 
@@ -92,6 +79,22 @@ impl Uffd {
     /// Takes over a descriptor that is known to be a userfaultfd.
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self(fd)
+    }
+
+    /// Makes one for our own address space that sees faults of user mode alone, which the kernel
+    /// permits to everyone.
+    pub(super) fn new_for_user_mode() -> Result<Self, Error> {
+        let made = userfaultfd(libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY);
+        made.map(Self)
+            .map_err(|error| Error::call("userfaultfd", error))
+    }
+
+    /// Features that the descriptor with this `fdinfo` has agreed; none before it has agreed any.
+    pub(super) fn features_in_fdinfo(text: &str) -> Option<Features> {
+        // "API:" with version, features and ioctls in hexadecimal.
+        let line = text.lines().find_map(|line| line.strip_prefix("API:"))?;
+        let features = line.trim().split(':').nth(1)?;
+        u64::from_str_radix(features, 16).ok().map(Features)
     }
 
     /// Agrees the features; the first call on every descriptor, once. Returns all that the kernel
@@ -179,6 +182,14 @@ const _: () = {
     assert!(size_of::<RangeArg>() == 16 && UNREGISTER == 0x8010_AA01 && WAKE == 0x8010_AA02);
 };
 
+fn userfaultfd(flags: libc::c_int) -> Result<OwnedFd, Errno> {
+    // SAFETY: userfaultfd takes an integer and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    let number = RawFd::try_from(Errno::result(result)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
 fn ioctl_api(fd: BorrowedFd<'_>, arg: &mut ApiArg) -> Result<(), Errno> {
     // SAFETY: `arg` is the structure that this request reads and writes, and is ours alone.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), API, std::ptr::from_mut(arg)) };
@@ -202,4 +213,46 @@ fn ioctl_wake(fd: BorrowedFd<'_>, arg: &RangeArg) -> Result<(), Errno> {
     // SAFETY: `arg` is the structure that this request reads; it does not write it.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), WAKE, std::ptr::from_ref(arg)) };
     Errno::result(result).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use memmap2::MmapMut;
+
+    use super::*;
+    use crate::core::layout::PAGE_SIZE;
+
+    #[test]
+    fn registers_our_own_memory() {
+        let mut memory = MmapMut::map_anon(PAGE_SIZE).unwrap();
+        let start = memory.as_ptr().addr() as u64;
+        let addresses = start..start + PAGE_SIZE as u64;
+        let uffd = Uffd::new_for_user_mode().unwrap();
+        assert!(
+            uffd.register(&addresses, Mode::WP).is_err(),
+            "before the features are agreed"
+        );
+        let all = uffd.api(Features::TRACK_WRITES).unwrap();
+        assert!(all.contains(Features::TRACK_WRITES));
+        let allowed = uffd.register(&addresses, Mode::WP).unwrap();
+        assert!(allowed.contains(RangeIoctls::WRITE_PROTECT));
+        memory[0] = 1;
+        let other = Uffd::new_for_user_mode().unwrap();
+        other.api(Features::TRACK_WRITES).unwrap();
+        let twice = other.register(&addresses, Mode::WP);
+        assert!(matches!(twice, Err(Error::Watched { .. })), "{twice:?}");
+        uffd.wake(&addresses).unwrap();
+        uffd.unregister(&addresses).unwrap();
+        other.register(&addresses, Mode::WP).unwrap();
+    }
+
+    #[test]
+    fn reads_features_from_fdinfo() {
+        let text = "pos:\t0\nflags:\t02004002\npending:\t0\ntotal:\t0\nAPI:\taa:8000b001:1ff\n";
+        let features = Uffd::features_in_fdinfo(text).unwrap();
+        assert!(features.contains(Features::TRACK_WRITES));
+        let fewer = Uffd::features_in_fdinfo("API:\taa:1:1ff\n").unwrap();
+        assert!(!fewer.contains(Features::TRACK_WRITES));
+        assert_eq!(Uffd::features_in_fdinfo("pending:\t0\n"), None);
+    }
 }
