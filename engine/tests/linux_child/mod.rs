@@ -240,7 +240,6 @@ struct HugePages {
 }
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
-const POOL_LOCK: &str = "/tmp/ferry-test-hugepages.lock";
 
 impl HugePages {
     fn more(count: u64) -> Self {
@@ -256,7 +255,7 @@ impl HugePages {
 
     /// Changes the pool under a lock: tests in other processes change it too.
     fn change(to: impl FnOnce(u64) -> u64) -> u64 {
-        let file = File::create(POOL_LOCK).unwrap();
+        let file = File::open(POOL).unwrap();
         let _lock = Flock::lock(file, FlockArg::LockExclusive).unwrap();
         let before = pool();
         std::fs::write(POOL, to(before).to_string()).unwrap();
