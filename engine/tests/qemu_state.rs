@@ -3,11 +3,13 @@
 
 mod qemu_support;
 
+use std::fs::{self, Permissions};
 use std::io::{self, Cursor, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Instant;
 
-use ferry_engine::qemu::Side;
+use ferry_engine::qemu::{Options, Qemu, Side};
 use ferry_engine::vmm::{PauseFor, RunState, Vm, VmmError};
 use qemu_support::{Kept, Machine, NEW, OLD, VERSIONS, copy_ram, raw_disk, runtime, until, watch};
 use serde_json::json;
@@ -85,6 +87,51 @@ fn state_moves_between_two_qemus() {
 fn state_moves_between_versions() {
     moves(OLD, NEW, &[]);
     moves(NEW, OLD, &[]);
+}
+
+/// QEMUs that see another file system, run as another user and in a sandbox.
+#[test]
+fn state_moves_between_confined_qemus() {
+    let runtime = runtime();
+    for version in VERSIONS {
+        let jail = tempfile::tempdir().unwrap();
+        let open_to_all = Permissions::from_mode(0o777);
+        fs::set_permissions(jail.path(), open_to_all.clone()).unwrap();
+        fs::create_dir(jail.path().join("tmp")).unwrap();
+        fs::set_permissions(jail.path().join("tmp"), open_to_all).unwrap();
+        let root = jail.path().display();
+        let chroot = format!("chroot={root},user=nobody");
+        let root = root.to_string();
+        let as_nobody = match version {
+            OLD => vec!["-chroot", &root, "-runas", "nobody"],
+            _ => vec!["-run-with", &chroot],
+        };
+        // elevateprivileges=deny would forbid the change of user.
+        let sandbox = [
+            "-sandbox",
+            "on,obsolete=deny,spawn=deny,resourcecontrol=deny",
+        ];
+        let confined = [&as_nobody[..], &sandbox].concat();
+        let source = Machine::start(version, &confined);
+        let target = Machine::start(version, &[&confined[..], &["-incoming", "defer"]].concat());
+        let attach = |machine: &Machine, side| {
+            let options = Options::default();
+            let attached = runtime.block_on(Qemu::attach(&machine.address(), &options));
+            attached.unwrap().vm(side).unwrap()
+        };
+        let mut from = attach(&source, Side::Source);
+        let mut to = attach(&target, Side::Target);
+        to.state.prepare().unwrap();
+        let kept = Kept::default();
+        from.state.open(kept.sink()).unwrap();
+        from.guest.pause(PauseFor::Switchover).unwrap();
+        from.state.save().unwrap();
+        copy_ram(&from, &to);
+        to.state.load(&mut Cursor::new(kept.bytes())).unwrap();
+        to.guest.resume().unwrap();
+        let left = fs::read_dir(jail.path().join("tmp")).unwrap();
+        assert_eq!(left.count(), 0);
+    }
 }
 
 /// Up to Go the source can resume, and then the target cannot: the images' locks are a second fence.
@@ -184,7 +231,7 @@ fn calling_off_leaves_everything_as_it_was() {
                 (machine.descriptors() == descriptors).then_some(())
             });
         }
-        let leftovers = std::fs::read_dir(machine.folder.path()).unwrap();
+        let leftovers = fs::read_dir(machine.folder.path()).unwrap();
         assert_eq!(leftovers.count(), 2, "the two monitors and nothing else");
     }
 }

@@ -138,8 +138,9 @@ const REFUSED_DEVICES: [(&str, &str); 13] = [
     ("x-pci-proxy-dev", "another process writes guest RAM"),
 ];
 
-/// Types of network back ends that are refused, as `info network` names them.
-const REFUSED_NETDEVS: [&str; 2] = ["vhost-user", "vhost-vdpa"];
+/// Types of network back ends that are refused, as `info network` names them. `passt` may be
+/// vhost-user, and that line does not tell.
+const REFUSED_NETDEVS: [&str; 3] = ["vhost-user", "vhost-vdpa", "passt"];
 
 /// Block drivers that hand guest RAM to hardware or to another process.
 const REFUSED_DRIVERS: [&str; 5] = [
@@ -239,7 +240,11 @@ async fn devices(qemu: &Inner) -> Result<Vec<Problem>, VmmError> {
             .iter()
             .find(|(prefix, _)| device.kind.starts_with(prefix))?;
         let found = format!("device {} is a {}: {why}", device.name, device.kind);
-        let remedy = format!("unplug it before the move (device_del {})", device.name);
+        let remedy = if device.name.contains('[') {
+            "start QEMU without it".to_owned()
+        } else {
+            format!("unplug it before the move (device_del {})", device.name)
+        };
         Some(Problem::new(ProblemCode::Device, found, remedy))
     });
     Ok(refused.collect())
@@ -254,7 +259,9 @@ fn netdevs(text: &str) -> Vec<Problem> {
             .split(',')
             .find_map(|word| word.trim().strip_prefix("type="))?;
         REFUSED_NETDEVS.contains(&kind).then(|| {
-            let found = format!("network back end {name} is {kind}: guest RAM is written unseen");
+            let found = format!(
+                "network back end {name} is {kind}: another process or hardware may write guest RAM"
+            );
             let remedy = "use another network back end, tap with vhost=on for instance";
             Problem::new(ProblemCode::Netdev, found, remedy)
         })

@@ -150,7 +150,8 @@ impl Machine {
         self.try_attach(runtime).unwrap()
     }
 
-    pub(crate) fn try_attach(&self, runtime: &Runtime) -> Result<Qemu, VmmError> {
+    /// Sockets are made in the machine's own folder, where a test can see what is left.
+    fn try_attach(&self, runtime: &Runtime) -> Result<Qemu, VmmError> {
         let options = Options {
             socket_dir: self.folder.path().to_owned(),
             ..Options::default()
