@@ -78,22 +78,25 @@ impl Ferry {
     fn spawn(
         state: &Qemu,
         args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+        stderr: Stdio,
     ) -> Result<(Self, mpsc::Receiver<String>), TestbedError> {
         let mut child = Command::new(ferry_binary()?)
             .args(args)
             .env("FERRY_STATE_DIR", state.folder().join("state"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stderr(stderr)
             .spawn()
             .map_err(TestbedError::io("start ferry"))?;
         let (first, line) = mpsc::channel();
         let stdout = child.stdout.take().expect("stdout is a pipe");
-        let mut stderr = child.stderr.take().expect("stderr is a pipe");
+        let stderr = child.stderr.take();
         let stdout = std::thread::spawn(move || read_telling_first(stdout, &first));
         let stderr = std::thread::spawn(move || {
             let mut text = String::new();
-            _ = stderr.read_to_string(&mut text);
+            if let Some(mut stderr) = stderr {
+                _ = stderr.read_to_string(&mut text);
+            }
             text
         });
         Ok((
@@ -111,19 +114,30 @@ impl Ferry {
         let socket = qemu.qmp_path();
         let mut args: Vec<&OsStr> = vec!["receive".as_ref(), "--qmp".as_ref(), socket.as_ref()];
         args.extend(more.iter().map(OsStr::new));
-        let (ferry, line) = Self::spawn(qemu, args)?;
+        let (ferry, line) = Self::spawn(qemu, args, Stdio::piped())?;
         let told = line.recv_timeout(LISTEN_BOUND).unwrap_or_default();
-        match told.trim_end().strip_prefix("Listening on ") {
-            Some(uri) => Ok((ferry, uri.to_owned())),
-            None => {
-                let ended = ferry.wait(LISTEN_BOUND)?;
-                Err(failed(ended.stderr))
-            }
+        if let Some(uri) = told.trim_end().strip_prefix("Listening on ") {
+            return Ok((ferry, uri.to_owned()));
         }
+        Err(failed(ferry.wait(LISTEN_BOUND)?.stderr))
     }
 
     /// Starts `ferry migrate` of `qemu` to `uri`.
     pub fn migrate(qemu: &Qemu, uri: &str, more: &[&str]) -> Result<Self, TestbedError> {
+        Self::migrate_telling(qemu, uri, more, Stdio::piped())
+    }
+
+    /// The same, with what it tells shown where this program tells.
+    pub fn migrate_shown(qemu: &Qemu, uri: &str, more: &[&str]) -> Result<Self, TestbedError> {
+        Self::migrate_telling(qemu, uri, more, Stdio::inherit())
+    }
+
+    fn migrate_telling(
+        qemu: &Qemu,
+        uri: &str,
+        more: &[&str],
+        stderr: Stdio,
+    ) -> Result<Self, TestbedError> {
         let socket = qemu.qmp_path();
         let mut args: Vec<&OsStr> = vec![
             "migrate".as_ref(),
@@ -133,7 +147,7 @@ impl Ferry {
         ];
         args.extend(more.iter().map(OsStr::new));
         args.push(uri.as_ref());
-        Ok(Self::spawn(qemu, args)?.0)
+        Ok(Self::spawn(qemu, args, stderr)?.0)
     }
 
     /// Its process.

@@ -35,6 +35,10 @@ pub(crate) enum Command {
     Receive(Receive),
 }
 
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a flag of the command line"
+)]
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXIT_CODES)]
 pub(crate) struct Migrate {
