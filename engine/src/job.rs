@@ -310,7 +310,9 @@ impl TargetBuilder {
         self
     }
 
-    /// Starts to serve. Within a tokio runtime.
+    /// Blanks the RAM and starts to serve. Within a tokio runtime.
+    ///
+    /// RAM is blanked before a source comes: nobody waits for it then.
     pub async fn start(self) -> Result<TargetJob, StartError> {
         let Self {
             vm,
@@ -325,6 +327,7 @@ impl TargetBuilder {
         let (sender, inbox) = mpsc::unbounded_channel();
         let facts = Facts::new(sender, clock);
         let (first, vm) = first_look(vm, facts.clone()).await?;
+        blank(&vm).await?;
         let machine = Target::new(config, first.inventory);
         let (commands, orders) = mpsc::unbounded_channel();
         let (notices, told) = mpsc::unbounded_channel();
@@ -382,6 +385,12 @@ async fn first_look(mut vm: Vm, facts: Facts) -> Result<(FirstLook, Vm), StartEr
     look.await
         .unwrap_or_else(|error| Err(VmmError::failed("reading the VM", error)))
         .map_err(Into::into)
+}
+
+async fn blank(vm: &Vm) -> Result<(), VmmError> {
+    let ram = Arc::clone(&vm.ram);
+    let blanked = tokio::task::spawn_blocking(move || ram.blank()).await;
+    blanked.unwrap_or_else(|error| Err(VmmError::failed("blanking guest RAM", error)))
 }
 
 fn random_session() -> io::Result<SessionId> {

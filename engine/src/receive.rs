@@ -195,11 +195,8 @@ impl Driver {
     }
 
     fn prepare(&self) {
-        let ram = Arc::clone(&self.ram);
-        self.vm.order(Step::Prepare, move |vm| {
-            vm.state.prepare()?;
-            ram.blank()?;
-            Ok::<_, VmmError>(Input::Prepared)
+        self.vm.order(Step::Prepare, |vm| {
+            vm.state.prepare().map(|()| Input::Prepared)
         });
     }
 

@@ -64,9 +64,9 @@ impl PageRange {
         }
     }
 
-    /// The page after the last one.
+    /// The page after the last one. A range that no RAM can have ends at the last number there is.
     pub fn end(self) -> PageNumber {
-        PageNumber(self.first.0 + self.count)
+        PageNumber(self.first.0.saturating_add(self.count))
     }
 
     /// Offsets of the run's bytes from the region's start.

@@ -143,7 +143,7 @@ pub enum Input {
     TrackingStopped,
     /// Source: the target's answer to who owns the guest; `None` when it could not be asked.
     Answered(Option<Verdict>),
-    /// Target: RAM is blank and the VMM is ready to load.
+    /// Target: the VMM is ready to load.
     Prepared,
     /// Target: a lane's end of a round came, with everything before it in place.
     RoundEnded {
@@ -247,7 +247,7 @@ pub enum Action {
     StopTracking,
     /// Close every page lane.
     CloseLanes,
-    /// Target: blank RAM and get ready to load. Answered by [`Input::Prepared`].
+    /// Target: get ready to load. Answered by [`Input::Prepared`].
     Prepare,
     /// Target: begin to load what comes early, and hold the rest back. Answered by
     /// [`Input::Loaded`], after [`Action::ReleaseLoad`].

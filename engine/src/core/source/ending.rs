@@ -23,7 +23,6 @@ impl Shared {
         self.actions.push_back(Action::Journal(Record::Moved));
         self.actions.push_back(Action::CloseLanes);
         self.actions.push_back(Action::StopTracking);
-        self.actions.push_back(Action::Retire);
         State::Leaving(Leaving::default())
     }
 }
@@ -33,7 +32,7 @@ impl Leaving {
         match input {
             Input::Journaled(Record::Moved) => self.journaled = true,
             Input::Retired => self.retired = true,
-            Input::TrackingStopped => self.tracking_stopped = true,
+            Input::TrackingStopped => self.tracking_stopped(shared),
             // Nothing that comes late can change where the guest is.
             _ => {}
         }
@@ -48,11 +47,19 @@ impl Leaving {
         match failure.step {
             Step::Journal => self.journaled = true,
             Step::Retire => self.retired = true,
-            Step::StopTracking => self.tracking_stopped = true,
+            Step::StopTracking => self.tracking_stopped(shared),
             _ => return State::Leaving(self),
         }
         shared.tell_leftover(failure);
         self.advance(shared)
+    }
+
+    /// Only then may the VMM end: tracking is taken down inside its process.
+    fn tracking_stopped(&mut self, shared: &mut Shared) {
+        if !self.tracking_stopped {
+            self.tracking_stopped = true;
+            shared.actions.push_back(Action::Retire);
+        }
     }
 
     fn advance(self, shared: &mut Shared) -> State {
