@@ -3,11 +3,12 @@
 
 mod qemu_support;
 
-use std::path::Path;
+use std::fs::{self, File};
 
 use ferry_engine::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
 use ferry_engine::qemu::Side;
 use ferry_engine::vmm::{Rearm, Vm};
+use nix::fcntl::{Flock, FlockArg};
 use qemu_support::{Machine, RamPath, VERSIONS, fill_guest, runtime};
 use serde_json::json;
 
@@ -126,7 +127,7 @@ fn names_are_not_trusted() {
     for version in VERSIONS {
         let ram = RamPath::new();
         let link = RamPath::new();
-        std::fs::write(&ram.0, "").unwrap();
+        fs::write(&ram.0, "").unwrap();
         std::os::unix::fs::symlink(&ram.0, &link.0).unwrap();
         let backend = link.backend("main", 64);
         let machine = "pc-q35-7.2,memory-backend=main";
@@ -134,8 +135,10 @@ fn names_are_not_trusted() {
             version,
             &["-m", "64M", "-object", &backend, "-machine", machine],
         );
-        std::fs::remove_file(&ram.0).unwrap();
-        std::fs::write(&ram.0, "another file").unwrap();
+        // QEMU listens before it has made its RAM, and answers only afterwards.
+        machine.operator(&runtime).status();
+        fs::remove_file(&ram.0).unwrap();
+        fs::write(&ram.0, "another file").unwrap();
         let mut vm = machine.vm(&runtime, Side::Source);
         regions_are_at(&machine, &mut vm, &[("main", 0)]);
     }
@@ -203,17 +206,16 @@ fn dimms_cold_and_hot_and_a_spare() {
     }
 }
 
-/// A hugetlbfs with free pages, for as long as it lives.
+/// A hugetlbfs and the pages for it, for as long as it lives.
 struct HugePages {
     folder: tempfile::TempDir,
-    added: i64,
+    count: i64,
 }
 
 impl HugePages {
-    fn mount(pages: i64) -> Self {
+    fn mount(count: i64) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let added = (pages - read_pages("free_hugepages")).max(0);
-        add_pages(added);
+        let gained = change_pool(count);
         let mounted = nix::mount::mount(
             Some("none"),
             folder.path(),
@@ -221,12 +223,12 @@ impl HugePages {
             nix::mount::MsFlags::empty(),
             Some("pagesize=2M"),
         );
-        let mount = Self { folder, added };
+        let mount = Self {
+            folder,
+            count: gained,
+        };
         mounted.expect("mounting a hugetlbfs needs root");
-        assert!(
-            read_pages("free_hugepages") >= pages,
-            "the host has too little memory"
-        );
+        assert_eq!(gained, count, "the host has too little memory");
         mount
     }
 }
@@ -234,24 +236,19 @@ impl HugePages {
 impl Drop for HugePages {
     fn drop(&mut self) {
         let _ = nix::mount::umount(self.folder.path());
-        add_pages(-self.added);
+        change_pool(-self.count);
     }
 }
 
-const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
-
-fn read_pages(name: &str) -> i64 {
-    let text = std::fs::read_to_string(Path::new(HUGE_PAGES).join(name)).unwrap();
-    text.trim().parse().unwrap()
-}
-
-fn add_pages(pages: i64) {
-    let wanted = read_pages("nr_hugepages") + pages;
-    std::fs::write(
-        Path::new(HUGE_PAGES).join("nr_hugepages"),
-        wanted.to_string(),
-    )
-    .unwrap();
+/// Adds to the host's pool of huge pages, and says how many it has gained. The pool's file is the
+/// lock: tests in other processes change it too.
+fn change_pool(by: i64) -> i64 {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+    let _lock = Flock::lock(File::open(POOL).unwrap(), FlockArg::LockExclusive).unwrap();
+    let size = || -> i64 { fs::read_to_string(POOL).unwrap().trim().parse().unwrap() };
+    let before = size();
+    fs::write(POOL, (before + by).to_string()).unwrap();
+    size() - before
 }
 
 #[test]

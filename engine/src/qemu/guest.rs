@@ -6,7 +6,7 @@ use ferry_qmp::commands::{AnnounceSelf, Cont, Quit, Stop};
 
 use super::attach::Inner;
 use super::flush::Flusher;
-use super::monitor::{Own, Seen, millis};
+use super::monitor::{Own, millis};
 use super::{inventory, limits};
 use crate::vmm::{EventSink, Guest, Inventory, PauseFor, RunState, Stopped, VmmError};
 
@@ -120,46 +120,34 @@ async fn stop(qemu: &Inner) -> Result<Stopped, VmmError> {
     }
     let monitor = qemu.monitor();
     monitor.expect(Own::Stop);
-    // The reply, not the STOP event, says that the disks are drained.
+    // The answer, not the STOP event, says that the disks are drained.
     monitor.run(Stop, limits::STOP).await?;
-    let stopped = |seen: &Seen| (seen.running == Some(false)).then_some(());
-    monitor
-        .wait("the event of our own stop", limits::COMMAND, stopped)
-        .await?;
+    monitor.catch_up().await;
+    monitor.expect_no_more(Own::Stop);
     Ok(qemu.stopped())
 }
 
 async fn cont(qemu: &Inner) -> Result<(), VmmError> {
     let monitor = qemu.monitor();
-    if monitor.seen().running == Some(true) {
+    let runs = || monitor.seen().running == Some(true);
+    if runs() {
         return Ok(());
     }
     monitor.expect(Own::Resume);
     let answer = monitor.run(Cont, limits::CONT).await;
-    let resumed = match answer {
-        Ok(_) => {
-            let runs = |seen: &Seen| (seen.running == Some(true)).then_some(());
-            monitor
-                .wait("the event of our own cont", limits::RESUMED, runs)
-                .await
-        }
-        Err(error) => Err(error),
-    };
-    if resumed.is_ok() {
+    monitor.catch_up().await;
+    monitor.expect_no_more(Own::Resume);
+    if runs() {
         return Ok(());
     }
-    // QEMU accepts `cont` in states from which nothing runs; and a guest that was running already
-    // gives no event that is new.
+    answer?;
+    // QEMU takes `cont` in states from which nothing runs, and then tells no event.
     let status = qemu.status().await?;
     if status.running {
         return Ok(());
     }
-    monitor.expect_no_more(Own::Resume);
-    resumed.map_err(|error| match error {
-        VmmError::TimedOut { .. } => VmmError::Unfit {
-            what: format!("QEMU took cont, but is {} and does not run", status.status),
-        },
-        other => other,
+    Err(VmmError::Unfit {
+        what: format!("QEMU took cont, but is {} and does not run", status.status),
     })
 }
 

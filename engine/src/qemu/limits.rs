@@ -32,9 +32,6 @@ pub(super) const LOAD: Duration = Duration::from_secs(60);
 /// How long QEMU may leave bytes of the device state unread before the load is given up.
 pub(super) const LOAD_STALL: Duration = Duration::from_secs(60);
 
-/// From the answer to `cont` until its `RESUME` has come through.
-pub(super) const RESUMED: Duration = Duration::from_secs(2);
-
 /// The answer to `quit`. A QEMU that is too busy for it, with a load that will never end for
 /// instance, has nothing to lose.
 pub(super) const QUIT_ANSWER: Duration = Duration::from_secs(3);

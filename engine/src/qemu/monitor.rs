@@ -6,9 +6,10 @@
 //! engine what happened to the guest without its doing.
 //!
 //! QEMU does not say who gave a `stop` or `cont`. So our own are announced before they are sent
-//! ([`Monitor::expect`]), and an event that nobody announced is foreign. QEMU answers the two
-//! commands only after their event, and refuses `cont` while it switches over; what remains is a
-//! foreign `stop` in the very moment of ours, which is then taken for ours.
+//! ([`Monitor::expect`]), and an event that nobody announced is foreign. QEMU tells the event before
+//! it answers the command, but the two come to us by different ways: [`Monitor::catch_up`] waits
+//! until every event has been looked at that came before an answer. QEMU refuses `cont` while it
+//! switches over; what remains is a foreign `stop` in the very moment of ours, taken for ours.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,7 +19,7 @@ use ferry_qmp::{
     Client, Command, Event, EventKind, Events, IoErrorAction, MigrationStatus, PanicAction,
 };
 use serde_json::json;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::limits;
 use crate::vmm::{EventSink, GuestEvent, VmmError};
@@ -61,7 +62,11 @@ struct Shared {
 pub(super) struct Monitor {
     client: Client,
     shared: Arc<Shared>,
+    marks: mpsc::UnboundedSender<Mark>,
 }
+
+/// Answered when no event waits to be looked at.
+struct Mark(oneshot::Sender<()>);
 
 impl Monitor {
     /// Takes over a connection. The task that reads its events ends with the connection.
@@ -71,8 +76,13 @@ impl Monitor {
             expected: Mutex::default(),
             sink: Mutex::default(),
         });
-        tokio::spawn(read_events(events, Arc::clone(&shared)));
-        Self { client, shared }
+        let (marks, marked) = mpsc::unbounded_channel();
+        tokio::spawn(read_events(events, marked, Arc::clone(&shared)));
+        Self {
+            client,
+            shared,
+            marks,
+        }
     }
 
     /// Runs a command. `limit` bounds the wait for its answer.
@@ -148,9 +158,17 @@ impl Monitor {
         lock(&self.shared.expected).insert(own);
     }
 
-    /// Takes an announcement back: the event can no longer come.
+    /// Takes an announcement back: after [`Monitor::catch_up`] the event can no longer come.
     pub(super) fn expect_no_more(&self, own: Own) {
         lock(&self.shared.expected).remove(&own);
+    }
+
+    /// Waits until every event has been looked at that came before the last answer.
+    pub(super) async fn catch_up(&self) {
+        let (mark, reached) = oneshot::channel();
+        // Both fail when the connection has ended: then all events were looked at.
+        let _ = self.marks.send(Mark(mark));
+        let _ = reached.await;
     }
 
     /// From now on tells `sink` what happens to the guest.
@@ -179,22 +197,8 @@ impl Shared {
     /// Keeps what the event tells, and says what it means to the engine.
     fn take(&self, event: &Event) -> Option<GuestEvent> {
         match event.kind() {
-            EventKind::Stop => {
-                self.seen.send_modify(|seen| {
-                    seen.running = Some(false);
-                    seen.stopped_at = Some(event.received_at);
-                });
-                let known = [Own::Stop, Own::ExplainedStop].map(|own| self.announced(own));
-                (!known.contains(&true)).then_some(GuestEvent::ForeignPause)
-            }
-            EventKind::Resume => {
-                self.seen.send_modify(|seen| {
-                    seen.running = Some(true);
-                    seen.stopped_at = None;
-                });
-                self.announced(Own::ExplainedStop);
-                (!self.announced(Own::Resume)).then_some(GuestEvent::ForeignResume)
-            }
+            EventKind::Stop => self.take_stop(event.received_at),
+            EventKind::Resume => self.take_resume(),
             EventKind::Migration { status } => {
                 self.seen.send_modify(|seen| seen.migration = Some(status));
                 None
@@ -223,6 +227,24 @@ impl Shared {
                 None
             }
         }
+    }
+
+    fn take_stop(&self, at: Instant) -> Option<GuestEvent> {
+        self.seen.send_modify(|seen| {
+            seen.running = Some(false);
+            seen.stopped_at = Some(at);
+        });
+        let known = [Own::Stop, Own::ExplainedStop].map(|own| self.announced(own));
+        (!known.contains(&true)).then_some(GuestEvent::ForeignPause)
+    }
+
+    fn take_resume(&self) -> Option<GuestEvent> {
+        self.seen.send_modify(|seen| {
+            seen.running = Some(true);
+            seen.stopped_at = None;
+        });
+        self.announced(Own::ExplainedStop);
+        (!self.announced(Own::Resume)).then_some(GuestEvent::ForeignResume)
     }
 
     fn take_sleep(&self, event: &Event) {
@@ -264,8 +286,25 @@ fn failure(command: &'static str, error: ferry_qmp::Error) -> VmmError {
     }
 }
 
-async fn read_events(mut events: Events, shared: Arc<Shared>) {
-    while let Some(event) = events.next().await {
+async fn read_events(
+    mut events: Events,
+    mut marks: mpsc::UnboundedReceiver<Mark>,
+    shared: Arc<Shared>,
+) {
+    loop {
+        let event = tokio::select! {
+            // A mark is reached when no event is waiting.
+            biased;
+            event = events.next() => event,
+            Some(Mark(mark)) = marks.recv() => {
+                // Whoever set it may have given up.
+                let _ = mark.send(());
+                continue;
+            }
+        };
+        let Some(event) = event else {
+            break;
+        };
         tracing::trace!(name = event.name, data = %event.data, "QMP event");
         if let Some(event) = shared.take(&event) {
             shared.tell(event);

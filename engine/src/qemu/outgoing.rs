@@ -161,6 +161,7 @@ impl Outgoing {
                 true
             }
         };
+        qemu.monitor().catch_up().await;
         qemu.monitor().expect_no_more(Own::Stop);
         qemu.monitor().expect_no_more(Own::Resume);
         *self = Self::Idle;

@@ -8,11 +8,10 @@
 //! Only `memory-backend-file` with `share=on` will do. From QEMU 10.0 on `x-ignore-shared` leaves out
 //! shared memory of that kind alone; anything else QEMU would carry itself, in the blackout.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use ferry_qmp::commands::{Memdev, QomList, QueryMemdev};
+use ferry_qmp::commands::{Memdev, QomList, QomProperty, QueryMemdev};
 
 use super::checks::{Problem, ProblemCode};
 use super::flatview::{self, Placed};
@@ -72,11 +71,8 @@ pub(super) async fn survey(monitor: &Monitor, process: &Process) -> Result<Surve
         monitor.human("info mtree -f"),
         monitor.human("info ramblock"),
     )?;
-    let kinds: HashMap<&str, &str> = objects
-        .iter()
-        .filter_map(|object| Some((object.name.as_str(), object.child_type()?)))
-        .collect();
     let placed = flatview::first_pieces(&view);
+    let blocks = flatview::block_names(&blocks);
     let mappings = maps::runs(maps::of_process(process)?);
     let mut survey = Survey::default();
     for memdev in &memdevs {
@@ -85,15 +81,19 @@ pub(super) async fn survey(monitor: &Monitor, process: &Process) -> Result<Surve
             survey.problems.push(unusable(what));
             continue;
         };
-        let is_ours = |name: &str| flatview::backend_id(name) == id;
-        if let Some(piece) = placed.iter().find(|piece| is_ours(&piece.name)) {
-            let kind = kinds.get(id).copied().unwrap_or("back end of unknown type");
-            let address = address_of(monitor, piece).await?;
-            match find(process, &mappings, (id, kind), memdev, address) {
+        let is_it = |name: &str| flatview::backend_id(name) == id;
+        if let Some(piece) = placed.iter().find(|piece| is_it(&piece.name)) {
+            let backend = Backend {
+                id,
+                kind: kind_of(id, &objects),
+                memdev,
+                address: address_of(monitor, piece).await?,
+            };
+            match backend.find(process, &mappings) {
                 Ok(found) => survey.regions.push(found),
                 Err(problem) => survey.problems.push(problem),
             }
-        } else if flatview::block_names(&blocks).into_iter().any(is_ours) {
+        } else if blocks.iter().any(|name| is_it(name)) {
             let what = format!("memory back end {id} is used, but not as plain RAM of the guest");
             survey.problems.push(unusable(what));
         } else {
@@ -102,6 +102,13 @@ pub(super) async fn survey(monitor: &Monitor, process: &Process) -> Result<Surve
     }
     survey.check_whole();
     Ok(survey)
+}
+
+fn kind_of<'a>(id: &str, objects: &'a [QomProperty]) -> &'a str {
+    let object = objects.iter().find(|object| object.name == id);
+    object
+        .and_then(QomProperty::child_type)
+        .unwrap_or("back end of unknown type")
 }
 
 impl Survey {
@@ -191,45 +198,50 @@ async fn address_of(monitor: &Monitor, piece: &Placed) -> Result<u64, VmmError> 
     }
 }
 
-/// The region of a back end that QEMU has mapped at `address`, or what is wrong with it.
-fn find(
-    process: &Process,
-    mappings: &[Mapping],
-    (id, kind): (&str, &str),
-    memdev: &Memdev,
+/// A back end that is guest RAM.
+struct Backend<'a> {
+    id: &'a str,
+    kind: &'a str,
+    memdev: &'a Memdev,
+    /// Where QEMU has its first byte.
     address: u64,
-) -> Result<Found, Problem> {
-    if kind != FILE_BACKEND {
-        return Err(unusable(format!(
-            "guest RAM {id} is a {kind}, not a shared named file"
-        )));
+}
+
+impl Backend<'_> {
+    /// Its region, or what is wrong with it.
+    fn find(&self, process: &Process, mappings: &[Mapping]) -> Result<Found, Problem> {
+        let Self { id, kind, .. } = self;
+        if *kind != FILE_BACKEND {
+            return Err(unusable(format!(
+                "guest RAM {id} is a {kind}, not a shared named file"
+            )));
+        }
+        if !self.memdev.share {
+            return Err(unusable(format!(
+                "guest RAM {id} is a {kind} without share=on"
+            )));
+        }
+        let addresses = self.address..self.address.saturating_add(self.memdev.size);
+        let mapping = mappings
+            .iter()
+            .find(|mapping| mapping.start <= addresses.start && addresses.end <= mapping.end)
+            .filter(|mapping| mapping.is_shared_named_file() && mapping.permissions.write)
+            .ok_or_else(|| {
+                let what = "not one writable, shared mapping of a named file";
+                unusable(format!("guest RAM {id} is {what}"))
+            })?;
+        let file = RamFile::open(process, mapping, Access::Read)
+            .map_err(|error| unusable(format!("guest RAM {id} cannot be opened: {error}")))?;
+        Ok(Found {
+            region: Region {
+                name: (*id).to_owned(),
+                bytes: self.memdev.size,
+                backing_page_bytes: file.backing_page_bytes(),
+            },
+            addresses,
+            mapping: mapping.clone(),
+        })
     }
-    if !memdev.share {
-        return Err(unusable(format!(
-            "guest RAM {id} is a {kind} without share=on"
-        )));
-    }
-    let addresses = address..address.saturating_add(memdev.size);
-    let mapping = mappings
-        .iter()
-        .find(|mapping| mapping.start <= address && addresses.end <= mapping.end)
-        .filter(|mapping| mapping.is_shared_named_file() && mapping.permissions.write)
-        .ok_or_else(|| {
-            let what =
-                format!("guest RAM {id} is not one writable, shared mapping of a named file");
-            unusable(what)
-        })?;
-    let file = RamFile::open(process, mapping, Access::Read)
-        .map_err(|error| unusable(format!("guest RAM {id} cannot be opened: {error}")))?;
-    Ok(Found {
-        region: Region {
-            name: id.to_owned(),
-            bytes: memdev.size,
-            backing_page_bytes: file.backing_page_bytes(),
-        },
-        addresses,
-        mapping: mapping.clone(),
-    })
 }
 
 fn unusable(found: String) -> Problem {

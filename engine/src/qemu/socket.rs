@@ -10,7 +10,6 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 
@@ -37,52 +36,42 @@ pub(super) struct PrivateSocket {
 impl PrivateSocket {
     /// Makes the folder below `base`, a path in the file system of process `pid`.
     pub(super) fn create(pid: Pid, base: &Path) -> Result<Self, VmmError> {
-        let failed = |source| {
-            VmmError::io(
-                format!(
-                    "cannot make a private folder for QEMU in {}",
-                    base.display()
-                ),
-                source,
-            )
-        };
-        let relative = base.strip_prefix("/").map_err(|_| VmmError::Unfit {
-            what: format!(
-                "the folder for sockets {} must be an absolute path",
-                base.display()
-            ),
-        })?;
-        let mut random = [0_u8; 8];
-        getrandom::fill(&mut random).map_err(|error| failed(io::Error::other(error)))?;
-        let name = format!("ferry-{:016x}", u64::from_ne_bytes(random));
+        let name = random_name();
         let theirs = base.join(&name).join(SOCKET);
-        if theirs.as_os_str().as_bytes().len() > SOCKET_PATH_MAX {
+        if !base.is_absolute() || theirs.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(VmmError::Unfit {
                 what: format!(
-                    "{} is too long for a socket; choose another folder",
-                    theirs.display()
+                    "no socket can be made in {}: name a folder with a short, absolute path",
+                    base.display()
                 ),
             });
         }
+        Self::create_in(pid, base, name, theirs).map_err(|source| {
+            let what = format!(
+                "cannot make a private folder for QEMU in {}",
+                base.display()
+            );
+            VmmError::io(what, source)
+        })
+    }
+
+    fn create_in(pid: Pid, base: &Path, name: String, theirs: PathBuf) -> io::Result<Self> {
         let process = PathBuf::from(format!("/proc/{pid}"));
-        let status = fs::read_to_string(process.join("status")).map_err(failed)?;
-        let owner = file_ids(&status).ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))?;
+        let status = fs::read_to_string(process.join("status"))?;
+        let owner = file_ids(&status).ok_or(io::ErrorKind::InvalidData)?;
+        let root = process.join("root");
         let base = OpenOptions::new()
             .read(true)
             .custom_flags(nix::libc::O_DIRECTORY)
-            .open(process.join("root").join(relative))
-            .map_err(failed)?;
+            .open(root.join(base.strip_prefix("/").unwrap_or(base)))?;
         let socket = Self {
             base,
             name,
             theirs,
             owner,
         };
-        DirBuilder::new()
-            .mode(0o700)
-            .create(socket.folder())
-            .map_err(failed)?;
-        socket.give(&socket.folder()).map_err(failed)?;
+        DirBuilder::new().mode(0o700).create(socket.folder())?;
+        socket.give(&socket.folder())?;
         Ok(socket)
     }
 
@@ -114,6 +103,12 @@ impl PrivateSocket {
         }
         chown(path, Some(uid), Some(gid))
     }
+}
+
+/// A name that nobody else has. It need not be secret: the folder lets nobody in.
+fn random_name() -> String {
+    let number = getrandom::u64().unwrap_or_else(|_| std::process::id().into());
+    format!("ferry-{number:016x}")
 }
 
 /// The user and group as which a process acts on files, from its `status`. The owner of `/proc/PID`
