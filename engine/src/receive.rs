@@ -179,6 +179,11 @@ impl Driver {
                         .map_or_else(not_resumed, |()| Input::Resumed),
                 )
             }),
+            Action::Restore => {
+                self.vm.order(Step::Undo, |vm| {
+                    vm.guest.restore().map(|()| Input::Restored)
+                });
+            }
             Action::Quit => {
                 // A load that waits for state would keep the VM thread for ever.
                 self.state.close("the migration was given up");

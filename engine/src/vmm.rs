@@ -257,8 +257,9 @@ pub trait Guest: Send {
     /// it the owner; at the source, the way back after a failed move. Bounded.
     fn resume(&mut self) -> Result<(), VmmError>;
 
-    /// Source: puts back every setting that the engine changed, except the run state. Idempotent;
-    /// called on every way out on which the VMM lives on.
+    /// Puts back every setting that the engine changed, except the run state. Idempotent; called on
+    /// every way out on which the VMM lives on: at the source when the guest stays, at the target when
+    /// it has it.
     fn restore(&mut self) -> Result<(), VmmError>;
 
     /// Ends the VMM: at the source after the guest has moved, at the target when it did not get the

@@ -163,6 +163,8 @@ pub enum Input {
         /// Why.
         failure: Failure,
     },
+    /// Target: every setting is as it was before.
+    Restored,
     /// Target: the VMM has ended.
     Quit,
     /// Target: somebody asks who owns the guest.
@@ -261,6 +263,8 @@ pub enum Action {
     },
     /// Target: resume the guest. Answered by [`Input::Resumed`] or [`Input::NotResumed`].
     Resume,
+    /// Target: the guest is ours: put back every setting. Answered by [`Input::Restored`].
+    Restore,
     /// Target: end the VMM, which does not own the guest. Answered by [`Input::Quit`].
     Quit,
     /// Target: answer an inquirer.

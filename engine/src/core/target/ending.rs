@@ -45,6 +45,7 @@ impl Shared {
     pub(super) fn runs(&mut self) -> State {
         self.send(Message::Running);
         self.answer_all(Verdict::Taken);
+        self.actions.push_back(Action::Restore);
         self.bound(self.config.limits.linger);
         State::Taken(Parting::Expected)
     }
@@ -141,7 +142,8 @@ impl Parting {
     pub(super) fn trouble(self, shared: &mut Shared, reason: &Reason) -> State {
         match reason {
             Reason::LinkLost { .. } | Reason::PeerAborted { .. } => State::Taken(Self::Lingering),
-            Reason::GuestGone { .. } => {
+            // The guest is here all the same; what went wrong is told.
+            Reason::GuestGone { .. } | Reason::Failed(_) => {
                 shared.tell(Notice::Leftover(reason.to_string()));
                 State::Taken(self)
             }
