@@ -2,8 +2,8 @@
 //! changed.
 //!
 //! The rule behind most of it: all that writes guest RAM must do so through QEMU's page tables, or a
-//! write is missed. Kernel-side vhost-net and vhost-vsock are fine: their workers run in QEMU's
-//! address space and copy through its page tables. What pins guest memory (VFIO, vDPA, vhost-scsi,
+//! write is missed. The kernel's vhost-net and vhost-vsock do: their workers run in QEMU's address
+//! space and copy through its page tables (read in the kernel's source, not measured). What pins guest memory (VFIO, vDPA, vhost-scsi,
 //! SCSI pass-through, `O_DIRECT`) or maps it into another process (vhost-user) is not.
 
 use std::fmt;

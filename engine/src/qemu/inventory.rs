@@ -1,11 +1,10 @@
 //! What must be the same at both sides, and what must not change during a migration.
 //!
 //! It is read once more inside the blackout. QEMU reads QMP byte by byte, so the commands are few and
-//! short; they are sent together.
+//! short, and are sent together. Memory devices are not asked for: they are among the devices, and
+//! their back ends are in the layout.
 
-use ferry_qmp::commands::{
-    Memdev, MemoryDevice, QomList, QomProperty, QueryMemdev, QueryMemoryDevices,
-};
+use ferry_qmp::commands::{Memdev, QomList, QomProperty, QueryMemdev};
 
 use super::attach::Inner;
 use super::monitor::Monitor;
@@ -29,16 +28,11 @@ pub(super) struct Device {
 
 pub(super) async fn read(qemu: &Inner) -> Result<Inventory, VmmError> {
     let monitor = qemu.monitor();
-    let (devices, memdevs, memory) = tokio::try_join!(
-        devices(monitor),
-        monitor.ask(QueryMemdev),
-        monitor.ask(QueryMemoryDevices),
-    )?;
+    let (devices, memdevs) = tokio::try_join!(devices(monitor), monitor.ask(QueryMemdev))?;
     let identity = qemu.identity();
     let mut lines: Vec<String> = devices
         .iter()
         .map(|device| format!("{} ({})", device.name, device.kind))
-        .chain(memory.iter().map(memory_line))
         .collect();
     lines.sort_unstable();
     Ok(Inventory {
@@ -62,17 +56,6 @@ fn device(property: &QomProperty) -> Option<Device> {
         name: property.name.clone(),
         kind: property.child_type()?.to_owned(),
     })
-}
-
-fn memory_line(device: &MemoryDevice) -> String {
-    let data = &device.data;
-    format!(
-        "memory {} ({} of {} at {:#x})",
-        data.id.as_deref().unwrap_or_default(),
-        device.kind,
-        data.memdev.as_deref().unwrap_or_default(),
-        data.addr.unwrap_or_default(),
-    )
 }
 
 /// The layout as it is now. A region that was there at the beginning keeps its page size, which
