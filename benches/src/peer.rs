@@ -95,6 +95,9 @@ impl Peer {
         let moved = Ferry::migrate(source, &waiting.uri, &more)?.wait(BOUND)?;
         receive.wait(BOUND)?;
         if moved.code() == 0 {
+            if std::env::var_os("FERRY_BENCH_TELL").is_some() {
+                eprintln!("{}", moved.json());
+            }
             return Ok(began);
         }
         Err(TestbedError::Program {
