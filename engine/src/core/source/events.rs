@@ -77,10 +77,7 @@ impl Shared {
         if state.is_copying() && !self.hold_ordered {
             self.tell(Notice::TimeoutSuspends);
             self.order_hold();
-        } else if matches!(
-            state,
-            State::Greeting | State::Preparing(_) | State::Arming(_)
-        ) {
+        } else if matches!(state, State::Greeting | State::Preparing(_)) {
             self.config.mode = Mode::Paused;
         }
     }

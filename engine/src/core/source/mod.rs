@@ -34,7 +34,7 @@ use ferry_stream::message::{
 
 pub use self::config::{SourceConfig, SourceLimits};
 use self::ending::{Leaving, Undoing};
-use self::precopy::{Arming, Collecting, Copying, Holding, Preparing};
+use self::precopy::{Collecting, Copying, Holding, Preparing};
 use self::switchover::{Asking, Draining, Given, Giving, Offering, Stopping};
 use crate::core::converge::{Converge, View};
 use crate::core::message::{Action, GuestLeft, Input, Moment, Notice, Outcome, Phase, Reason};
@@ -52,7 +52,6 @@ pub struct Source {
 enum State {
     Greeting,
     Preparing(Preparing),
-    Arming(Arming),
     Holding(Holding),
     Copying(Copying),
     Collecting(Collecting),
@@ -204,7 +203,7 @@ impl State {
     fn phase(&self) -> Phase {
         match self {
             Self::Greeting => Phase::Greeting,
-            Self::Preparing(_) | Self::Arming(_) | Self::Holding(_) => Phase::Preparing,
+            Self::Preparing(_) | Self::Holding(_) => Phase::Preparing,
             Self::Copying(_) | Self::Collecting(_) => Phase::Copying,
             Self::Stopping(_) => Phase::Stopping,
             Self::Draining(_) => Phase::Draining,
@@ -230,7 +229,6 @@ impl State {
             Self::Undoing(undoing) => undoing.trouble(shared, &reason),
             Self::Ended => Self::Ended,
             Self::Preparing(_)
-            | Self::Arming(_)
             | Self::Holding(_)
             | Self::Copying(_)
             | Self::Collecting(_)
@@ -293,7 +291,6 @@ impl Shared {
         match state {
             State::Greeting => self.greeted(input),
             State::Preparing(preparing) => preparing.handle(self, input),
-            State::Arming(arming) => arming.handle(self, input),
             State::Holding(holding) => holding.handle(self, input),
             State::Copying(copying) => copying.handle(self, input),
             State::Collecting(collecting) => collecting.handle(self, input),

@@ -11,7 +11,8 @@ use crate::core::meter::Progress;
 use crate::core::pageset::PageSet;
 use crate::vmm::{PauseFor, Rearm};
 
-/// Both sides get ready: the journal, the lanes and device state here, RAM there.
+/// Both sides get ready at the same time: the journal, the lanes, the device state and tracking
+/// here, RAM there. What the guest writes meanwhile is sent again; that costs less than waiting.
 #[expect(
     clippy::struct_excessive_bools,
     reason = "four facts, each awaited, in any order"
@@ -22,6 +23,7 @@ pub(super) struct Preparing {
     lanes_open: bool,
     state_open: bool,
     prepared: bool,
+    populated: Option<PageSet>,
 }
 
 impl Shared {
@@ -54,6 +56,8 @@ impl Shared {
             lanes: welcome.lanes,
         });
         self.actions.push_back(Action::OpenState);
+        let into = self.blank_set();
+        self.actions.push_back(Action::StartTracking { into });
         self.bound(self.config.limits.preparing);
         State::Preparing(Preparing::default())
     }
@@ -66,24 +70,16 @@ impl Preparing {
             Input::LanesOpen => self.lanes_open = true,
             Input::StateOpen => self.state_open = true,
             Input::Received(Message::Prepared) if !self.prepared => self.prepared = true,
+            Input::Tracking { populated } => {
+                shared.meter.tracking(shared.now);
+                self.populated = Some(populated);
+            }
             input => return shared.unexpected(State::Preparing(self), &input),
         }
-        if self.journaled && self.lanes_open && self.state_open && self.prepared {
-            shared.track()
-        } else {
-            State::Preparing(self)
-        }
-    }
-}
-
-/// Tracking begins, and what is populated is listed.
-pub(super) struct Arming;
-
-impl Arming {
-    pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
-        match input {
-            Input::Tracking { populated } => shared.begin_copy(populated),
-            input => shared.unexpected(State::Arming(self), &input),
+        let ready = self.journaled && self.lanes_open && self.state_open && self.prepared;
+        match self.populated.take_if(|_| ready) {
+            Some(populated) => shared.begin_copy(populated),
+            None => State::Preparing(self),
         }
     }
 }
@@ -94,15 +90,7 @@ pub(super) struct Holding {
 }
 
 impl Shared {
-    /// Both sides are ready. Only now does tracking begin: until here the guest runs as ever.
-    fn track(&mut self) -> State {
-        let into = self.blank_set();
-        self.actions.push_back(Action::StartTracking { into });
-        State::Arming(Arming)
-    }
-
     fn begin_copy(&mut self, populated: PageSet) -> State {
-        self.meter.tracking(self.now);
         match self.config.mode {
             Mode::Live => self.first_round(populated),
             Mode::Paused => {
