@@ -42,6 +42,13 @@ pub struct LaneTotals {
     pub bytes: u64,
 }
 
+impl LaneTotals {
+    /// Pages that were looked at, told or not.
+    pub fn dealt(&self) -> u64 {
+        self.pages + self.skipped_pages
+    }
+}
+
 /// Whether zero pages must be told to the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZeroPages {

@@ -140,8 +140,12 @@ impl Meter {
         });
     }
 
+    /// Notes what the lanes have done. Totals that were read earlier and come later are nothing new.
     pub(crate) fn sent(&mut self, totals: LaneTotals) {
-        self.totals = totals;
+        let newer = totals.dealt() >= self.totals.dealt() && totals.bytes >= self.totals.bytes;
+        if newer {
+            self.totals = totals;
+        }
     }
 
     pub(crate) fn end_round(&mut self, now: Moment, totals: LaneTotals) {
@@ -216,8 +220,8 @@ impl Meter {
     /// Pages of the open round that were dealt with, and all pages of it.
     pub(crate) fn open_pages(&self) -> (u64, u64) {
         self.open.as_ref().map_or((0, 0), |open| {
-            let dealt = |totals: &LaneTotals| totals.pages + totals.skipped_pages;
-            (dealt(&self.totals) - dealt(&open.before), open.dirty_pages)
+            let dealt = self.totals.dealt() - open.before.dealt();
+            (dealt, open.dirty_pages)
         })
     }
 

@@ -229,6 +229,9 @@ pub enum Reason {
     /// The guest turned itself off.
     #[error("the guest shut down during the move")]
     GuestShutDown,
+    /// The guest was reset while it was handed over.
+    #[error("the guest was reset during the switchover")]
+    GuestReset,
     /// The guest panicked.
     #[error("the guest panicked during the move")]
     GuestPanicked,

@@ -20,7 +20,7 @@ impl Shared {
         self.meter.runs(self.now);
         self.unbound();
         self.send(Message::Finished);
-        self.actions.push_back(Action::Journal(Record::Moved));
+        self.journal(Record::Moved);
         self.actions.push_back(Action::CloseLanes);
         self.actions.push_back(Action::StopTracking);
         State::Leaving(Leaving::default())
@@ -45,7 +45,6 @@ impl Leaving {
             return State::Leaving(self);
         };
         match failure.step {
-            Step::Journal => self.journaled = true,
             Step::Retire => self.retired = true,
             Step::StopTracking => self.tracking_stopped(shared),
             _ => return State::Leaving(self),
@@ -62,6 +61,12 @@ impl Leaving {
         }
     }
 
+    pub(super) fn unwritten(mut self, shared: &mut Shared, failure: &Failure) -> State {
+        shared.tell_leftover(failure);
+        self.journaled = true;
+        self.advance(shared)
+    }
+
     fn advance(self, shared: &mut Shared) -> State {
         if self.journaled && self.retired && self.tracking_stopped {
             return shared.finish(Outcome::Moved);
@@ -75,6 +80,7 @@ pub(super) struct Undoing {
     reason: Reason,
     undone: Option<GuestLeft>,
     tracking_stopped: bool,
+    keeping: bool,
 }
 
 impl Shared {
@@ -93,6 +99,7 @@ impl Shared {
             reason,
             undone: None,
             tracking_stopped: false,
+            keeping: false,
         })
     }
 
@@ -108,7 +115,7 @@ impl Undoing {
                 self.undone = Some(result.map_or_else(GuestLeft::Damaged, GuestLeft::As));
             }
             Input::TrackingStopped => self.tracking_stopped = true,
-            Input::Journaled(Record::Kept) => return self.finish(shared),
+            Input::Journaled(Record::Kept) if self.keeping => return self.finish(shared),
             // Late facts of orders given before.
             _ => return State::Undoing(self),
         }
@@ -125,22 +132,21 @@ impl Undoing {
                 self.tracking_stopped = true;
                 self.advance(shared)
             }
-            Step::Journal if self.is_put_back() => {
-                shared.tell_leftover(failure);
-                self.finish(shared)
-            }
             // Orders given before that fail because everything is being taken down.
             _ => State::Undoing(self),
         }
     }
 
-    fn is_put_back(&self) -> bool {
-        self.undone.is_some() && self.tracking_stopped
+    pub(super) fn unwritten(self, shared: &mut Shared, failure: &Failure) -> State {
+        shared.tell_leftover(failure);
+        self.finish(shared)
     }
 
-    fn advance(self, shared: &mut Shared) -> State {
-        if self.is_put_back() {
-            shared.actions.push_back(Action::Journal(Record::Kept));
+    fn advance(mut self, shared: &mut Shared) -> State {
+        let is_put_back = self.undone.is_some() && self.tracking_stopped;
+        if is_put_back && !self.keeping {
+            self.keeping = true;
+            shared.journal(Record::Kept);
         }
         State::Undoing(self)
     }

@@ -9,6 +9,10 @@ use crate::vmm::{GuestEvent, PauseFor, RunState};
 impl Shared {
     pub(super) fn guest_event(&mut self, state: State, event: GuestEvent) -> State {
         let reason = match event {
+            // What was saved is not the guest any more.
+            GuestEvent::Reset if state.is_switching() => {
+                return state.trouble(self, Reason::GuestReset);
+            }
             GuestEvent::Reset => {
                 self.tell(Notice::GuestReset);
                 return state;
@@ -49,7 +53,10 @@ impl Shared {
         self.hold_ordered = false;
         self.meter.went_on();
         self.tell(Notice::GuestStateChanged(RunState::Running));
-        state
+        match state {
+            State::Holding(holding) => holding.go_live(self),
+            state => state,
+        }
     }
 
     pub(super) fn command(&mut self, state: State, command: Command) -> State {

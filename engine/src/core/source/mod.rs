@@ -37,7 +37,9 @@ use self::ending::{Leaving, Undoing};
 use self::precopy::{Collecting, Copying, Holding, Preparing};
 use self::switchover::{Asking, Draining, Given, Giving, Offering, Stopping};
 use crate::core::converge::{Converge, View};
-use crate::core::message::{Action, GuestLeft, Input, Moment, Notice, Outcome, Phase, Reason};
+use crate::core::message::{
+    Action, Failure, GuestLeft, Input, Moment, Notice, Outcome, Phase, Reason, Record, Step,
+};
 use crate::core::meter::{Meter, Progress, Report};
 use crate::core::pageset::PageSet;
 use crate::vmm::{Inventory, Rearm, RunState};
@@ -73,6 +75,8 @@ struct Shared {
     converge: Box<dyn Converge>,
     meter: Meter,
     actions: VecDeque<Action>,
+    /// Records that are being written, in order: a failure does not say which one it is.
+    journaling: VecDeque<Record>,
     now: Moment,
     deadline: Option<(Moment, Duration)>,
     timeout: Option<Moment>,
@@ -107,6 +111,7 @@ impl Source {
             converge,
             meter: Meter::default(),
             actions: VecDeque::new(),
+            journaling: VecDeque::new(),
             now: Moment::default(),
             deadline: None,
             timeout,
@@ -133,8 +138,11 @@ impl Source {
     /// Takes a fact in.
     pub fn handle(&mut self, now: Moment, input: Input) {
         self.shared.now = now;
-        let state = mem::replace(&mut self.state, State::Ended);
-        self.state = self.shared.dispatch(state, input);
+        // What comes after the end changes nothing, and nobody carries out orders any more.
+        if !matches!(self.state, State::Ended) {
+            let state = mem::replace(&mut self.state, State::Ended);
+            self.state = self.shared.dispatch(state, input);
+        }
     }
 
     /// The next order, if there is one.
@@ -264,6 +272,9 @@ impl Shared {
                 self.link = Link::Down;
                 state.trouble(self, Reason::LinkLost { what })
             }
+            Input::Failed(failure) if failure.step == Step::Journal => {
+                self.unwritten(state, failure)
+            }
             Input::Failed(failure) => state.trouble(self, Reason::Failed(failure)),
             Input::Guest(event) => self.guest_event(state, event),
             Input::Command(command) => self.command(state, command),
@@ -283,7 +294,25 @@ impl Shared {
                 self.hold(at);
                 state
             }
+            Input::Journaled(record) => {
+                if self.journaling.front() == Some(&record) {
+                    self.journaling.pop_front();
+                }
+                self.step(state, Input::Journaled(record))
+            }
             input => self.step(state, input),
+        }
+    }
+
+    /// A record could not be written. One that was ordered before the state changed means nothing any
+    /// more.
+    fn unwritten(&mut self, state: State, failure: Failure) -> State {
+        let record = self.journaling.pop_front();
+        match (state, record) {
+            (State::Leaving(leaving), Some(Record::Moved)) => leaving.unwritten(self, &failure),
+            (State::Undoing(undoing), Some(Record::Kept)) => undoing.unwritten(self, &failure),
+            (state @ (State::Leaving(_) | State::Undoing(_)), _) => state,
+            (state, _) => state.trouble(self, Reason::Failed(failure)),
         }
     }
 
@@ -321,9 +350,12 @@ impl Shared {
         }
     }
 
+    /// The guest stands. A pause that somebody undid before it was known here does not count.
     fn hold(&mut self, at: Moment) {
-        self.held = Some(at);
-        self.meter.stopped(at);
+        if self.hold_ordered {
+            self.held = Some(at);
+            self.meter.stopped(at);
+        }
     }
 
     fn hello(&self) -> Hello {
@@ -356,6 +388,11 @@ impl Shared {
 
     fn tell(&mut self, notice: Notice) {
         self.actions.push_back(Action::Tell(notice));
+    }
+
+    fn journal(&mut self, record: Record) {
+        self.journaling.push_back(record);
+        self.actions.push_back(Action::Journal(record));
     }
 
     /// Bounds what comes next by `limit` from now.

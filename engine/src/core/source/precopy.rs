@@ -51,7 +51,7 @@ impl Shared {
                 phase: Phase::Greeting,
             });
         }
-        self.actions.push_back(Action::Journal(Record::Migrating));
+        self.journal(Record::Migrating);
         self.actions.push_back(Action::OpenLanes {
             lanes: welcome.lanes,
         });
@@ -87,6 +87,13 @@ impl Preparing {
 /// A move without `--live`: the guest is being paused before the first round.
 pub(super) struct Holding {
     populated: PageSet,
+}
+
+impl Holding {
+    /// Somebody lets the guest run: it is copied live.
+    pub(super) fn go_live(self, shared: &mut Shared) -> State {
+        shared.first_round(self.populated)
+    }
 }
 
 impl Shared {

@@ -136,6 +136,7 @@ impl Draining {
         shared.bound(shared.config.limits.offering);
         State::Offering(Offering {
             in_flight: Some(in_flight),
+            ready: false,
         })
     }
 }
@@ -164,24 +165,38 @@ fn difference(before: &Inventory, now: &Inventory) -> Option<String> {
 pub(super) struct Offering {
     /// The last round, until it is in place.
     in_flight: Option<InFlight>,
+    ready: bool,
 }
 
 impl Offering {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
-        match (input, &mut self.in_flight) {
-            (Input::Received(Message::Ready), None) => {
-                shared.unbound();
-                shared.actions.push_back(Action::Journal(Record::Given));
-                State::Giving(Giving { trouble: None })
-            }
+        let input = match (input, &mut self.in_flight) {
+            (input, None) => input,
             (input, Some(in_flight)) => match in_flight.note(shared, input) {
-                Settled::NotYet => State::Offering(self),
-                Settled::Done => State::Offering(Self { in_flight: None }),
-                Settled::Wrong(reason) => shared.undo(reason),
-                Settled::Unrelated(input) => shared.unexpected(State::Offering(self), &input),
+                Settled::NotYet => return State::Offering(self),
+                Settled::Wrong(reason) => return shared.undo(reason),
+                Settled::Unrelated(input) => input,
+                Settled::Done => {
+                    self.in_flight = None;
+                    return self.give_when_ready(shared);
+                }
             },
-            (input, None) => shared.unexpected(State::Offering(self), &input),
+        };
+        match input {
+            // The target may be faster than our own lanes are to say that the round is out.
+            Input::Received(Message::Ready) if !self.ready => self.ready = true,
+            input => return shared.unexpected(State::Offering(self), &input),
         }
+        self.give_when_ready(shared)
+    }
+
+    fn give_when_ready(self, shared: &mut Shared) -> State {
+        if !self.ready || self.in_flight.is_some() {
+            return State::Offering(self);
+        }
+        shared.unbound();
+        shared.journal(Record::Given);
+        State::Giving(Giving { trouble: None })
     }
 }
 

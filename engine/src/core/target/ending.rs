@@ -5,14 +5,16 @@ use std::mem;
 
 use ferry_stream::message::{AbortCode, Message, Run, Verdict};
 
-use super::{MAX_INQUIRERS, Shared, State};
+use super::{MAX_INQUIRERS, Peer, Shared, State};
 use crate::core::message::{
     Action, Failure, GuestLeft, Input, Inquirer, MayHaveRun, Notice, Outcome, Reason, Record, Step,
 };
 
 /// "Taken" is being written.
 pub(super) struct Taking {
-    pub(super) run: Run,
+    run: Run,
+    /// Somebody has let the guest run already: it can no longer be given back.
+    ran: MayHaveRun,
 }
 
 impl Taking {
@@ -26,28 +28,38 @@ impl Taking {
         }
     }
 
-    /// The source has said Go, so a lost link is no reason to refuse. A journal that cannot be
-    /// written, or a VMM that died before it ever ran the guest, is one to give it back.
+    /// The source has said Go, so a lost link is no reason to refuse. A VMM that died before it ever
+    /// ran the guest is one to give it back.
     pub(super) fn trouble(self, shared: &mut Shared, reason: Reason) -> State {
-        match &reason {
-            Reason::Failed(Failure {
-                step: Step::Journal,
-                ..
-            })
-            | Reason::GuestGone { .. }
-            | Reason::ForeignResume => shared.give_back(reason),
+        match (&reason, self.ran) {
+            (Reason::GuestGone { .. }, MayHaveRun::No) => shared.give_back(reason),
+            (Reason::ForeignResume, _) => State::Taking(Self {
+                ran: MayHaveRun::Perhaps,
+                ..self
+            }),
             _ => State::Taking(self),
         }
+    }
+
+    pub(super) fn unwritten(self, shared: &mut Shared, failure: Failure) -> State {
+        shared.not_resumed(self.ran, failure)
     }
 }
 
 impl Shared {
+    pub(super) fn take(&mut self, run: Run) -> State {
+        self.deadline = None;
+        self.journal(Record::Taken);
+        let ran = MayHaveRun::No;
+        State::Taking(Taking { run, ran })
+    }
+
     pub(super) fn runs(&mut self) -> State {
         self.send(Message::Running);
-        self.answer_all(Verdict::Taken);
         self.actions.push_back(Action::Restore);
         self.bound(self.config.limits.linger);
-        State::Taken(Parting::Expected)
+        self.answer_all(Verdict::Taken);
+        State::Taken
     }
 
     pub(super) fn not_resumed(&mut self, ran: MayHaveRun, failure: Failure) -> State {
@@ -65,35 +77,35 @@ impl Shared {
         }
     }
 
+    /// Once the guest runs here, nothing can end that; what happens to it is its own affair.
+    pub(super) fn taken_trouble(&mut self, reason: &Reason) -> State {
+        match reason {
+            Reason::GuestGone { .. } => self.tell(Notice::Leftover(reason.to_string())),
+            Reason::Failed(failure) => self.tell_leftover(failure),
+            _ => {}
+        }
+        State::Taken
+    }
+
     pub(super) fn inquired(&mut self, state: State, inquirer: Inquirer) -> State {
         if self.inquirers.len() < MAX_INQUIRERS {
             self.inquirers.push(inquirer);
         }
         match state {
-            State::Taken(_) => {
-                self.answer_all(Verdict::Taken);
-                state
-            }
-            State::Refusing(Refusing {
-                journaled: true, ..
-            }) => {
-                self.answer_all(Verdict::Refused);
-                state
-            }
-            State::Returning(Returning {
-                journaled: true, ..
-            }) => {
-                self.answer_all(Verdict::Returned);
-                state
-            }
             State::Preparing(_) | State::Receiving(_) | State::Loading | State::Offered => {
                 self.refuse(Reason::Asked, Parting::Lingering)
             }
-            state => state,
+            state => {
+                if let Some(verdict) = state.verdict() {
+                    self.answer_all(verdict);
+                }
+                state
+            }
         }
     }
 
-    /// Answers everybody who asked. One answer may be lost on its way, so the target stays a little.
+    /// Answers everybody who asked. One answer may be lost on its way, so the target stays a little;
+    /// as long as the link stands it is not the answer that the source waits for.
     fn answer_all(&mut self, verdict: Verdict) {
         if self.inquirers.is_empty() {
             return;
@@ -101,17 +113,19 @@ impl Shared {
         for to in mem::take(&mut self.inquirers) {
             self.actions.push_back(Action::Answer { to, verdict });
         }
-        self.bound(self.config.limits.parting);
+        if self.peer == Peer::Lost || self.deadline.is_none() {
+            self.bound(self.config.limits.parting);
+        }
     }
 
     pub(super) fn refuse(&mut self, reason: Reason, parting: Parting) -> State {
         self.deadline = None;
-        self.actions.push_back(Action::Journal(Record::Refused));
+        self.journal(Record::Refused);
         self.actions.push_back(Action::CloseLanes);
         self.actions.push_back(Action::Quit);
         State::Refusing(Refusing {
             reason,
-            journaled: false,
+            record: Written::Pending,
             quit: false,
             parting,
         })
@@ -124,38 +138,55 @@ impl Shared {
         State::Returning(Returning {
             reason,
             quit: false,
-            journaled: false,
+            record: None,
         })
     }
+
+    fn tell_leftover(&mut self, failure: &Failure) {
+        self.tell(Notice::Leftover(format!("{failure}: {}", failure.source)));
+    }
 }
 
-/// Whether the peer knows how it ended.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Parting {
-    /// It will say so on the control lane.
-    Expected,
-    /// The link was lost: it may ask.
-    Lingering,
-}
-
-impl Parting {
-    pub(super) fn trouble(self, shared: &mut Shared, reason: &Reason) -> State {
-        match reason {
-            Reason::LinkLost { .. } | Reason::PeerAborted { .. } => State::Taken(Self::Lingering),
-            // The guest is here all the same; what went wrong is told.
-            Reason::GuestGone { .. } | Reason::Failed(_) => {
-                shared.tell(Notice::Leftover(reason.to_string()));
-                State::Taken(self)
+impl State {
+    /// What may be answered: what the journal says.
+    fn verdict(&self) -> Option<Verdict> {
+        match self {
+            Self::Taken => Some(Verdict::Taken),
+            Self::Refusing(refusing) if refusing.record == Written::Durably => {
+                Some(Verdict::Refused)
             }
-            _ => State::Taken(self),
+            Self::Returning(returning) if returning.record == Some(Written::Durably) => {
+                Some(Verdict::Returned)
+            }
+            _ => None,
         }
     }
+}
+
+/// How a record of the journal fares.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Written {
+    /// It is being written.
+    Pending,
+    /// It will be read after a crash.
+    Durably,
+    /// It could not be written, or perhaps it was.
+    Not,
+}
+
+/// Whether somebody may still ask.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Parting {
+    /// No: the source cannot have given the guest away, or knows.
+    Done,
+    /// It may: whether it has said Go is not known here.
+    Lingering,
 }
 
 /// "Refused" is being written, and the VMM ended.
 pub(super) struct Refusing {
     reason: Reason,
-    journaled: bool,
+    record: Written,
     quit: bool,
     parting: Parting,
 }
@@ -163,12 +194,13 @@ pub(super) struct Refusing {
 impl Refusing {
     pub(super) fn handle(mut self, shared: &mut Shared, input: &Input) -> State {
         match input {
-            Input::Journaled(Record::Refused) => {
-                self.journaled = true;
+            Input::Journaled(Record::Refused) if self.record == Written::Pending => {
+                self.record = Written::Durably;
                 shared.send(Message::Abort {
                     code: self.reason.abort_code(),
                     text: self.reason.to_string(),
                 });
+                shared.answer_all(Verdict::Refused);
             }
             Input::Quit => self.quit = true,
             // Go is void, and so is everything else that was on its way.
@@ -180,40 +212,44 @@ impl Refusing {
     pub(super) fn trouble(mut self, shared: &mut Shared, reason: &Reason) -> State {
         match reason {
             Reason::Failed(failure) if failure.step == Step::Retire => {
-                shared.tell(Notice::Leftover(format!("{failure}: {}", failure.source)));
+                shared.tell_leftover(failure);
                 self.quit = true;
             }
-            // Without the journal nobody may be answered: an engine started later would not know.
-            Reason::Failed(failure) if failure.step == Step::Journal => {
-                shared.tell(Notice::Leftover(format!("{failure}: {}", failure.source)));
-                return self.finish(shared);
+            // The source has given up by itself: it will not ask.
+            Reason::PeerAborted { .. } => {
+                shared.deadline = None;
+                self.parting = Parting::Done;
             }
             _ => return State::Refusing(self),
         }
         self.advance(shared)
     }
 
+    /// Without the journal nobody may be answered: an engine started later would not know.
+    pub(super) fn unwritten(mut self, shared: &mut Shared, failure: &Failure) -> State {
+        shared.tell_leftover(failure);
+        self.record = Written::Not;
+        self.parting = Parting::Done;
+        self.advance(shared)
+    }
+
+    /// Nobody asks any more.
+    pub(super) fn timed_out(mut self, shared: &mut Shared) -> State {
+        self.parting = Parting::Done;
+        self.advance(shared)
+    }
+
     fn advance(self, shared: &mut Shared) -> State {
-        if !(self.journaled && self.quit) {
+        if self.record == Written::Pending || !self.quit || shared.deadline.is_some() {
             return State::Refusing(self);
         }
-        let asked = !shared.inquirers.is_empty();
-        shared.answer_all(Verdict::Refused);
         match self.parting {
-            Parting::Expected if !asked => self.finish(shared),
-            Parting::Lingering if !asked && shared.deadline.is_none() => {
+            Parting::Done => shared.kept(self.reason),
+            Parting::Lingering => {
                 shared.bound(shared.config.limits.linger);
                 State::Refusing(self)
             }
-            _ => State::Refusing(self),
         }
-    }
-
-    pub(super) fn finish(self, shared: &mut Shared) -> State {
-        shared.finish(Outcome::Kept {
-            reason: self.reason,
-            guest: GuestLeft::Ended,
-        })
     }
 }
 
@@ -221,25 +257,24 @@ impl Refusing {
 pub(super) struct Returning {
     reason: Reason,
     quit: bool,
-    journaled: bool,
+    record: Option<Written>,
 }
 
 impl Returning {
     pub(super) fn handle(mut self, shared: &mut Shared, input: &Input) -> State {
         match input {
-            Input::Quit => {
-                self.quit = true;
-                shared.actions.push_back(Action::Journal(Record::Returned));
+            Input::Quit => self.quit = true,
+            Input::Journaled(Record::Returned) if self.record == Some(Written::Pending) => {
+                self.record = Some(Written::Durably);
+                self.told(shared);
             }
-            Input::Journaled(Record::Returned) => self.told(shared),
             _ => {}
         }
-        State::Returning(self)
+        self.advance(shared)
     }
 
     /// The VMM has ended without having run the guest, and the journal says so.
-    fn told(&mut self, shared: &mut Shared) {
-        self.journaled = true;
+    fn told(&self, shared: &mut Shared) {
         shared.bound(shared.config.limits.linger);
         shared.send(Message::Returned {
             reason: self.reason.to_string(),
@@ -247,26 +282,55 @@ impl Returning {
         shared.answer_all(Verdict::Returned);
     }
 
-    pub(super) fn trouble(mut self, shared: &mut Shared, reason: &Reason) -> State {
+    /// When the VMM has ended and the journal is at rest, it can say so.
+    fn advance(mut self, shared: &mut Shared) -> State {
+        if self.quit && self.record.is_none() && shared.journaling.is_empty() {
+            self.record = Some(Written::Pending);
+            shared.journal(Record::Returned);
+        }
+        State::Returning(self)
+    }
+
+    pub(super) fn trouble(self, shared: &mut Shared, reason: &Reason) -> State {
         match reason {
             // A VMM that may live must not be answered for: the source stays in doubt.
-            Reason::Failed(failure) if failure.step == Step::Retire => {
-                shared.finish(Outcome::InDoubt {
-                    reason: self.reason,
-                })
+            Reason::Failed(failure) if failure.step == Step::Retire && !self.quit => {
+                shared.in_doubt(self.reason)
             }
-            Reason::Failed(failure) if failure.step == Step::Journal && self.quit => {
-                self.told(shared);
-                State::Returning(self)
+            // The source knows: the guest is its own again.
+            Reason::PeerAborted { .. } if self.record == Some(Written::Durably) => {
+                shared.kept(self.reason)
             }
             _ => State::Returning(self),
         }
     }
 
-    pub(super) fn finish(self, shared: &mut Shared) -> State {
-        shared.finish(Outcome::Kept {
-            reason: self.reason,
+    /// What the journal does not say must not be told: a person decides.
+    pub(super) fn unwritten(self, shared: &mut Shared, failure: &Failure) -> State {
+        match self.record {
+            Some(Written::Pending) => {
+                shared.tell_leftover(failure);
+                shared.in_doubt(self.reason)
+            }
+            _ => self.advance(shared),
+        }
+    }
+
+    pub(super) fn timed_out(self, shared: &mut Shared) -> State {
+        shared.kept(self.reason)
+    }
+}
+
+impl Shared {
+    /// The guest is the source's, and the VMM that was ready for it has ended.
+    fn kept(&mut self, reason: Reason) -> State {
+        self.finish(Outcome::Kept {
+            reason,
             guest: GuestLeft::Ended,
         })
+    }
+
+    fn in_doubt(&mut self, reason: Reason) -> State {
+        self.finish(Outcome::InDoubt { reason })
     }
 }

@@ -15,7 +15,7 @@ impl Shared {
                 self.session = Some(session);
                 self.lanes = welcome.lanes;
                 self.send(Message::Welcome(welcome));
-                self.actions.push_back(Action::Journal(Record::Receiving));
+                self.journal(Record::Receiving);
                 self.actions.push_back(Action::Prepare);
                 self.bound(self.config.limits.preparing);
                 State::Preparing(Preparing::default())

@@ -27,7 +27,7 @@ use ferry_stream::message::{Message, SessionId};
 use self::ending::{Parting, Refusing, Returning, Taking};
 use self::receiving::{Preparing, Receiving};
 use crate::core::message::{
-    Action, Command, Input, Inquirer, Moment, Notice, Outcome, Phase, Reason, Record,
+    Action, Command, Failure, Input, Inquirer, Moment, Notice, Outcome, Phase, Reason, Record, Step,
 };
 use crate::vmm::{GuestEvent, Inventory};
 
@@ -82,7 +82,7 @@ enum State {
     Offered,
     Taking(Taking),
     Resuming,
-    Taken(Parting),
+    Taken,
     Refusing(Refusing),
     Returning(Returning),
     Ended,
@@ -95,9 +95,19 @@ struct Shared {
     session: Option<SessionId>,
     lanes: u16,
     actions: VecDeque<Action>,
+    /// Records that are being written, in order: a failure does not say which one it is.
+    journaling: VecDeque<Record>,
     inquirers: Vec<Inquirer>,
+    peer: Peer,
     now: Moment,
     deadline: Option<(Moment, Duration)>,
+}
+
+/// Whether the source can be told something on the control lane.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Peer {
+    There,
+    Lost,
 }
 
 impl Target {
@@ -109,7 +119,9 @@ impl Target {
             session: None,
             lanes: 0,
             actions: VecDeque::new(),
+            journaling: VecDeque::new(),
             inquirers: Vec::new(),
+            peer: Peer::There,
             now: Moment::default(),
             deadline: None,
         };
@@ -122,8 +134,11 @@ impl Target {
     /// Takes a fact in.
     pub fn handle(&mut self, now: Moment, input: Input) {
         self.shared.now = now;
-        let state = mem::replace(&mut self.state, State::Ended);
-        self.state = self.shared.dispatch(state, input);
+        // What comes after the end changes nothing, and nobody carries out orders any more.
+        if !matches!(self.state, State::Ended) {
+            let state = mem::replace(&mut self.state, State::Ended);
+            self.state = self.shared.dispatch(state, input);
+        }
     }
 
     /// The next order, if there is one.
@@ -144,9 +159,9 @@ impl Target {
         };
         let state = mem::replace(&mut self.state, State::Ended);
         self.state = match state {
-            State::Taken(_) => self.shared.finish(Outcome::Moved),
-            State::Refusing(refusing) => refusing.finish(&mut self.shared),
-            State::Returning(returning) => returning.finish(&mut self.shared),
+            State::Taken => self.shared.finish(Outcome::Moved),
+            State::Refusing(refusing) => refusing.timed_out(&mut self.shared),
+            State::Returning(returning) => returning.timed_out(&mut self.shared),
             state => {
                 let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
                 let reason = Reason::TimedOut {
@@ -175,7 +190,7 @@ impl Target {
 
     /// True when the guest may run here: from the moment the journal says taken.
     pub fn may_run(&self) -> bool {
-        matches!(self.state, State::Resuming | State::Taken(_))
+        matches!(self.state, State::Resuming | State::Taken)
     }
 }
 
@@ -188,7 +203,7 @@ impl State {
             Self::Loading => Phase::Loading,
             Self::Offered => Phase::Offered,
             Self::Taking(_) | Self::Resuming => Phase::Taking,
-            Self::Taken(_) => Phase::Taken,
+            Self::Taken => Phase::Taken,
             Self::Refusing(_) | Self::Returning(_) => Phase::Refusing,
             Self::Ended => Phase::Ended,
         }
@@ -200,12 +215,16 @@ impl State {
         match self {
             Self::Waiting => shared.turn_away(reason),
             Self::Preparing(_) | Self::Receiving(_) | Self::Loading => {
-                shared.refuse(reason, Parting::Expected)
+                shared.refuse(reason, Parting::Done)
+            }
+            // A source that gives up has not said Go before.
+            Self::Offered if matches!(reason, Reason::PeerAborted { .. }) => {
+                shared.refuse(reason, Parting::Done)
             }
             Self::Offered => shared.refuse(reason, Parting::Lingering),
             Self::Taking(taking) => taking.trouble(shared, reason),
             Self::Resuming => Self::Resuming,
-            Self::Taken(parting) => parting.trouble(shared, &reason),
+            Self::Taken => shared.taken_trouble(&reason),
             Self::Refusing(refusing) => refusing.trouble(shared, &reason),
             Self::Returning(returning) => returning.trouble(shared, &reason),
             Self::Ended => Self::Ended,
@@ -220,7 +239,19 @@ impl Shared {
             Input::Received(Message::Abort { code, text }) => {
                 state.trouble(self, Reason::PeerAborted { code, text })
             }
-            Input::LinkLost { what } => state.trouble(self, Reason::LinkLost { what }),
+            Input::LinkLost { what } => {
+                self.peer = Peer::Lost;
+                state.trouble(self, Reason::LinkLost { what })
+            }
+            Input::Journaled(record) => {
+                if self.journaling.front() == Some(&record) {
+                    self.journaling.pop_front();
+                }
+                self.step(state, Input::Journaled(record))
+            }
+            Input::Failed(failure) if failure.step == Step::Journal => {
+                self.unwritten(state, failure)
+            }
             Input::Failed(failure) => state.trouble(self, Reason::Failed(failure)),
             Input::Guest(event) => self.guest_event(state, event),
             Input::Inquired(inquirer) => self.inquired(state, inquirer),
@@ -235,18 +266,28 @@ impl Shared {
             (State::Preparing(preparing), input) => preparing.handle(self, input),
             (State::Receiving(receiving), input) => receiving.handle(self, input),
             (State::Loading, Input::Loaded) => self.offer(),
-            (State::Offered, Input::Received(Message::Go { run })) => {
-                self.deadline = None;
-                self.actions.push_back(Action::Journal(Record::Taken));
-                State::Taking(Taking { run })
-            }
+            (State::Offered, Input::Received(Message::Go { run })) => self.take(run),
             (State::Taking(taking), Input::Journaled(Record::Taken)) => taking.taken(self),
             (State::Resuming, Input::Resumed) => self.runs(),
             (State::Resuming, Input::NotResumed { ran, failure }) => self.not_resumed(ran, failure),
-            (State::Taken(_), Input::Received(Message::Finished)) => self.finish(Outcome::Moved),
+            (State::Taken, Input::Received(Message::Finished)) => self.finish(Outcome::Moved),
             (State::Refusing(refusing), input) => refusing.handle(self, &input),
             (State::Returning(returning), input) => returning.handle(self, &input),
             (state, input) => self.unexpected(state, &input),
+        }
+    }
+
+    /// A record could not be written. One that was ordered before the state changed means nothing any
+    /// more.
+    fn unwritten(&mut self, state: State, failure: Failure) -> State {
+        let record = self.journaling.pop_front();
+        match (state, record) {
+            (State::Taking(taking), _) => taking.unwritten(self, failure),
+            (State::Refusing(refusing), Some(Record::Refused)) => {
+                refusing.unwritten(self, &failure)
+            }
+            (State::Returning(returning), _) => returning.unwritten(self, &failure),
+            (state, _) => state.trouble(self, Reason::Failed(failure)),
         }
     }
 
@@ -269,13 +310,15 @@ impl Shared {
             GuestEvent::Gone { what } => Reason::GuestGone { what },
             GuestEvent::ForeignResume => Reason::ForeignResume,
             GuestEvent::ShutDown => Reason::GuestShutDown,
+            GuestEvent::Panicked => Reason::GuestPanicked,
+            GuestEvent::Reset => Reason::GuestReset,
             _ => return state,
         };
         state.trouble(self, reason)
     }
 
     fn cancel(&mut self, state: State) -> State {
-        if matches!(state, State::Taking(_) | State::Resuming | State::Taken(_)) {
+        if matches!(state, State::Taking(_) | State::Resuming | State::Taken) {
             self.tell(Notice::TooLateToCancel);
             return state;
         }
@@ -284,6 +327,11 @@ impl Shared {
 
     fn send(&mut self, message: Message) {
         self.actions.push_back(Action::Send(message));
+    }
+
+    fn journal(&mut self, record: Record) {
+        self.journaling.push_back(record);
+        self.actions.push_back(Action::Journal(record));
     }
 
     fn tell(&mut self, notice: Notice) {

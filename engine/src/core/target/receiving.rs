@@ -88,7 +88,7 @@ impl Receiving {
                         what,
                         phase: Phase::Receiving,
                     },
-                    Parting::Expected,
+                    Parting::Done,
                 );
             }
             Input::Loaded => {
@@ -98,7 +98,7 @@ impl Receiving {
                         what,
                         phase: Phase::Receiving,
                     },
-                    Parting::Expected,
+                    Parting::Done,
                 );
             }
             input => return shared.unexpected(State::Receiving(self), &input),
@@ -130,7 +130,7 @@ impl Receiving {
                 ours,
                 theirs,
             };
-            return shared.refuse(reason, Parting::Expected);
+            return shared.refuse(reason, Parting::Done);
         }
         let (bytes, crc) = (complete.state_bytes, complete.state_crc);
         shared.actions.push_back(Action::ReleaseLoad { bytes, crc });
