@@ -6,6 +6,7 @@
 //! | a Linux guest that checks its own memory and disk | [`Linux`], [`Status`] |
 //! | a bare-metal guest that dirties exactly the pages it is told to | [`tiny`] |
 //! | two hosts and a wire of known speed, which can be cut | [`Link`] |
+//! | both machines of the core in a world of numbers, under a seed | [`sim`] |
 //! | what the guest saw of a migration: blackout and brown-out | [`Probe`] |
 //!
 //! The QEMUs and the guest's kernel are unpacked by `testbed/setup`, once, into
@@ -27,6 +28,7 @@ mod monitor;
 mod probe;
 mod qemu;
 mod ram;
+pub mod sim;
 pub mod tiny;
 mod wait;
 

@@ -1,0 +1,351 @@
+//! The source's driver: carries out orders on the simulated VM, tracker, journal and lanes.
+
+use bytes::Bytes;
+use ferry_engine::core::layout::RegionIndex;
+use ferry_engine::core::message::{Action, Failure, Input, Moment, Record, Step, ZeroPages};
+use ferry_engine::core::pageset::PageSet;
+use ferry_engine::vmm::{Inventory, Rearm, RunState};
+use ferry_stream::message::{Message, Round};
+
+use super::checks::Violation;
+use super::flaw::Flaw;
+use super::guest::{Content, Power, RunBy, add};
+use super::link::{Lane, LaneJob};
+use super::plan::Side;
+use super::worker::{Job, Thread};
+use super::world::{Event, World};
+
+const HERE: Side = Side::Source;
+
+/// Most pages that a worker reads at once.
+const CHUNK_PAGES: u64 = 5;
+
+impl World {
+    pub(super) fn source_action(&mut self, action: Action) -> Result<(), Violation> {
+        match action {
+            Action::Send(message) => self.source_says(message)?,
+            Action::OpenLanes { lanes } => {
+                self.lanes = (0..lanes).map(|_| Lane::default()).collect();
+                self.order(HERE, Job::OpenLanes);
+            }
+            Action::StartTracking { into } => self.order(HERE, Job::StartTracking(into)),
+            Action::OpenState => self.order(HERE, Job::OpenState),
+            Action::Collect { rearm, into } => self.order(HERE, Job::Collect(rearm, Some(into))),
+            Action::Copy {
+                round,
+                pages,
+                zeros,
+            } => self.copy(round, &pages, zeros),
+            Action::Flush => self.order(HERE, Job::Flush),
+            Action::Pause(_) => self.order(HERE, Job::Pause),
+            Action::Inventory => self.order(HERE, Job::Inventory),
+            Action::Save => self.order(HERE, Job::Save),
+            Action::Ask => self.ask(),
+            Action::Undo { guest } => {
+                self.truth.undoing = true;
+                self.truth.late_fate |= self.unheard[HERE as usize] > 0;
+                self.order(HERE, Job::Undo(guest));
+            }
+            Action::Retire => self.order(HERE, Job::Retire),
+            Action::StopTracking => self.order(HERE, Job::StopTracking),
+            Action::CloseLanes => self.close_lanes(HERE),
+            Action::Journal(record) => self.write_journal(HERE, record)?,
+            Action::Tell(_) => {}
+            Action::Finish(outcome) => self.finish(HERE, outcome)?,
+            other => unreachable!("no order for a source: {other:?}"),
+        }
+        Ok(())
+    }
+
+    fn source_says(&mut self, message: Message) -> Result<(), Violation> {
+        if matches!(message, Message::Go { .. }) {
+            let journal = self.at(HERE).journal;
+            if journal != Some(Record::Given) {
+                return Err(Violation::GoBeforeGiven { journal });
+            }
+            let vm = &self.at(HERE).vm;
+            self.truth.given = Some((vm.ram.clone(), vm.device));
+            self.truth.spoilt |= self.unheard[HERE as usize] > 0;
+        }
+        self.send(HERE, message);
+        Ok(())
+    }
+
+    /// What happens as soon as a thread turns to its next job.
+    pub(super) fn source_begins(&mut self, thread: Thread) {
+        let in_name = self.flaw == Some(Flaw::GivenInName);
+        let worker = &mut self.end(HERE).workers[thread as usize];
+        match worker.queue.front_mut() {
+            Some(Job::Collect(rearm, into)) => {
+                let (rearm, into) = (*rearm, into.take());
+                if let Some(into) = into {
+                    self.tracker.begin_collection(&mut self.rng, rearm, into);
+                }
+            }
+            Some(Job::Save) => self.device_writes(1),
+            Some(Job::Journal(Record::Given)) if in_name => {
+                self.report(HERE, thread, Input::Journaled(Record::Given));
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn source_does(&mut self, job: Job) {
+        let thread = job.thread();
+        let dead = !self.at(HERE).vm.alive && thread == Thread::Vm;
+        if let Job::Journal(record) = job {
+            self.journal_lands(HERE, record);
+            return;
+        }
+        if dead || self.fails() {
+            self.source_fails(&job);
+            return;
+        }
+        let fact = match job {
+            Job::OpenState => Input::StateOpen,
+            Job::Pause => self.pause_source(),
+            Job::Inventory => Input::Inventoried(Box::new(self.inventory_now())),
+            Job::Save => self.save(),
+            Job::Undo(guest) => self.undo(guest),
+            Job::Retire => {
+                self.end(HERE).vm.die();
+                Input::Retired
+            }
+            Job::StartTracking(into) => self.start_tracking(into),
+            Job::Collect(rearm, _) => self.collected(rearm),
+            Job::StopTracking => {
+                if self.flaw != Some(Flaw::LeftBehind) {
+                    self.tracker.stop();
+                }
+                Input::TrackingStopped
+            }
+            Job::Flush => Input::Flushed,
+            Job::OpenLanes => {
+                self.lanes_open();
+                return;
+            }
+            other => unreachable!("no job of a source: {:?}", other.step()),
+        };
+        self.report(HERE, thread, fact);
+    }
+
+    /// A job that fails may have had its effect all the same.
+    fn source_fails(&mut self, job: &Job) {
+        let (thread, step) = (job.thread(), job.step());
+        match job {
+            Job::Undo(_) => {
+                let failure = Failure::new(step, "so the seed has it");
+                self.truth.excused = true;
+                self.report(HERE, thread, Input::Undone(Err(failure)));
+                return;
+            }
+            Job::Pause if self.rng.percent(50) => self.end(HERE).vm.pause(),
+            Job::Save => self.device_writes(1),
+            Job::StartTracking(_) if self.rng.percent(50) => self.tracker.start(),
+            Job::Retire | Job::StopTracking => self.truth.excused = true,
+            Job::Collect(rearm, _) => drop(self.tracker.end_collection(*rearm)),
+            _ => {}
+        }
+        self.failed(HERE, thread, step);
+    }
+
+    fn pause_source(&mut self) -> Input {
+        if self.flaw != Some(Flaw::PauseInName) {
+            self.end(HERE).vm.pause();
+        }
+        // I/O that was under way lands before the pause is over.
+        let landing = self.rng.below(3);
+        self.device_writes(landing);
+        Input::Paused {
+            at: Moment(self.now),
+        }
+    }
+
+    fn inventory_now(&self) -> Inventory {
+        let mut inventory = self.inventory.clone();
+        if self.plugged {
+            inventory.devices.push("another counter".into());
+        }
+        inventory
+    }
+
+    /// Saves the counter, and writes RAM while it does, as devices may.
+    fn save(&mut self) -> Input {
+        let writes = self.rng.below(3);
+        self.device_writes(writes);
+        let device = self.at(HERE).vm.device;
+        let bytes = Bytes::copy_from_slice(&device.to_le_bytes());
+        let length = bytes.len() as u64;
+        self.send(HERE, Message::State { offset: 0, bytes });
+        Input::Saved {
+            bytes: length,
+            crc: check_sum(device),
+        }
+    }
+
+    fn device_writes(&mut self, count: u64) {
+        let saving = self.at(HERE).workers[Thread::Vm as usize]
+            .queue
+            .front()
+            .is_none_or(|job| matches!(job, Job::Save));
+        for _ in 0..count {
+            if self.at(HERE).vm.power == Power::Off {
+                return;
+            }
+            self.writes += 1;
+            let write = Content(self.writes);
+            let (region, page) = self.write_at_source(write);
+            if !(saving && self.flaw == Some(Flaw::EarlyLastCollection)) {
+                self.wrote((region, page));
+            }
+        }
+    }
+
+    /// Puts the source back, and lets the guest run if that is wanted.
+    fn undo(&mut self, guest: RunState) -> Input {
+        match guest {
+            RunState::Running => self.let_run(HERE, RunBy::Engine),
+            RunState::Paused => self.end(HERE).vm.pause(),
+        }
+        Input::Undone(Ok(if self.at(HERE).vm.runs() {
+            RunState::Running
+        } else {
+            RunState::Paused
+        }))
+    }
+
+    fn start_tracking(&mut self, mut into: PageSet) -> Input {
+        self.tracker.start();
+        for (region, page, content) in self.at(HERE).vm.ram.pages() {
+            if content != Content::ZERO {
+                add(&mut into, region, page);
+            }
+        }
+        Input::Tracking { populated: into }
+    }
+
+    fn collected(&mut self, rearm: Rearm) -> Input {
+        let mut found = self
+            .tracker
+            .end_collection(rearm)
+            .expect("the collection has begun: a thread does one job after the other");
+        let first = found.ranges().next();
+        if let (Some(Flaw::ForgottenPage), Some((region, mut range))) = (self.flaw, first) {
+            range.count = 1;
+            found.remove(region, range).expect("it is in the set");
+        }
+        Input::Collected { found }
+    }
+
+    /// A page of the source's guest was written.
+    pub(super) fn wrote(&mut self, (region, page): (RegionIndex, u64)) {
+        if self.flaw == Some(Flaw::UnseenWrite) && self.rng.once_in(4) {
+            return;
+        }
+        self.tracker.wrote(region, page);
+    }
+
+    fn lanes_open(&mut self) {
+        if self.lanes_cut {
+            self.failed(HERE, Thread::Opener, Step::OpenLanes);
+            return;
+        }
+        self.report(HERE, Thread::Opener, Input::LanesOpen);
+        self.report(Side::Target, Thread::Opener, Input::LanesOpen);
+    }
+
+    /// Gives the pages of a round to the lanes, and each lane its end.
+    fn copy(&mut self, round: Round, pages: &PageSet, zeros: ZeroPages) {
+        let zeros = match self.flaw {
+            Some(Flaw::ZerosSkipped) => ZeroPages::Skip,
+            _ => zeros,
+        };
+        self.lanes_ended = 0;
+        for (region, mut range) in pages.ranges() {
+            while !range.is_empty() {
+                let mut part = range;
+                part.count = range.count.min(CHUNK_PAGES);
+                range.first.0 += part.count;
+                range.count -= part.count;
+                let lane = self.rng.index(self.lanes.len());
+                let job = LaneJob::Copy(region, part, zeros);
+                self.lanes[lane].jobs.push_back(job);
+            }
+        }
+        for lane in 0..self.lanes.len() {
+            self.lanes[lane].jobs.push_back(LaneJob::End(round));
+            self.read_next(lane);
+        }
+    }
+
+    pub(super) fn write_journal(&mut self, side: Side, record: Record) -> Result<(), Violation> {
+        let before = self.end(side).journal_told.replace(record);
+        if !super::checks::journal_may_follow(side, before, record) {
+            return Err(Violation::JournalOrder {
+                side,
+                before,
+                next: record,
+            });
+        }
+        self.order(side, Job::Journal(record));
+        Ok(())
+    }
+
+    /// A record is written, or not, or nobody can say.
+    pub(super) fn journal_lands(&mut self, side: Side, record: Record) {
+        let fails = self.fails();
+        if !fails || self.rng.percent(50) {
+            self.end(side).journal = Some(record);
+        }
+        if fails {
+            self.truth.silenced |= side == Side::Target;
+            self.failed(side, Thread::Journal, Step::Journal);
+        } else if !self.told_already(record) {
+            self.report(side, Thread::Journal, Input::Journaled(record));
+        }
+    }
+
+    fn told_already(&self, record: Record) -> bool {
+        matches!(
+            (self.flaw, record),
+            (Some(Flaw::GivenInName), Record::Given) | (Some(Flaw::TakenInName), Record::Taken)
+        )
+    }
+}
+
+impl World {
+    fn write_at_source(&mut self, write: Content) -> (RegionIndex, u64) {
+        let mut rng = self.rng.clone();
+        let place = self.end(HERE).vm.write(&mut rng, write);
+        self.rng = rng;
+        place
+    }
+}
+
+/// Stands for the CRC of the device state.
+pub(super) fn check_sum(device: u64) -> u32 {
+    u32::try_from(device & 0xffff_ffff).expect("it is masked") ^ 0x5a5a_5a5a
+}
+
+impl Event {
+    /// A fact as an event, where it has a twin that may come late.
+    pub(super) fn twin(side: Side, input: &Input) -> Option<Self> {
+        let twin = match input {
+            Input::LanesOpen => Input::LanesOpen,
+            Input::StateOpen => Input::StateOpen,
+            Input::Flushed => Input::Flushed,
+            Input::Paused { at } => Input::Paused { at: *at },
+            Input::Sent(totals) => Input::Sent(*totals),
+            Input::Undone(Ok(state)) => Input::Undone(Ok(*state)),
+            Input::Retired => Input::Retired,
+            Input::TrackingStopped => Input::TrackingStopped,
+            Input::Prepared => Input::Prepared,
+            Input::Loaded => Input::Loaded,
+            Input::Resumed => Input::Resumed,
+            Input::Quit => Input::Quit,
+            Input::Journaled(record) => Input::Journaled(*record),
+            _ => return None,
+        };
+        Some(Self::Fact(side, twin))
+    }
+}

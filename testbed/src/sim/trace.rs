@@ -1,0 +1,37 @@
+//! What happened, in a line each, for whoever replays a seed.
+
+use ferry_engine::core::message::{Action, Input};
+
+/// A fact in a few words.
+pub(super) fn fact(input: &Input) -> String {
+    match input {
+        Input::Tracking { populated } => format!("Tracking: {} pages", populated.len()),
+        Input::Collected { found } => format!("Collected: {} pages", found.len()),
+        Input::Inventoried(_) => "Inventoried".to_owned(),
+        other => short(format!("{other:?}")),
+    }
+}
+
+/// An order in a few words.
+pub(super) fn order(action: &Action) -> String {
+    match action {
+        Action::StartTracking { .. } => "StartTracking".to_owned(),
+        Action::Collect { rearm, .. } => format!("Collect, rearm: {rearm:?}"),
+        Action::Copy {
+            round,
+            pages,
+            zeros,
+        } => format!("Copy {} pages in {round}, zeros: {zeros:?}", pages.len()),
+        other => short(format!("{other:?}")),
+    }
+}
+
+/// Characters of a line that still tell something.
+const LINE: usize = 160;
+
+fn short(line: String) -> String {
+    if line.chars().count() <= LINE {
+        return line;
+    }
+    line.chars().take(LINE).chain("…".chars()).collect()
+}

@@ -1,0 +1,584 @@
+//! The event loop: simulated time, both machines, and everything that happens to them in order.
+
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
+use std::mem;
+use std::time::Duration;
+
+use ferry_engine::core::layout::Layout;
+use ferry_engine::core::message::{
+    Action, Failure, Input, LaneTotals, Moment, Outcome, Phase, Record, Step,
+};
+use ferry_engine::core::source::Source;
+use ferry_engine::core::target::Target;
+use ferry_engine::vmm::{Inventory, RunState};
+use ferry_stream::message::{Message, Verdict};
+
+use super::Summary;
+use super::checks::{Ending, Violation, reason};
+use super::flaw::Flaw;
+use super::guest::{Content, Memory, Tracker, Vm, layout};
+use super::link::{Frame, Lane, Pipe};
+use super::plan::{Mischief, Plan, Side, When};
+use super::rng::Rng;
+use super::worker::{Job, THREADS, Thread, Worker};
+
+/// A world that has not come to its end by then never will: bounds are milliseconds here.
+const END_OF_TIME: Duration = Duration::from_secs(5);
+
+/// Writes of a guest at the target before it has proved its point.
+const WRITES_AT_TARGET: u64 = 64;
+
+/// What happens.
+pub(super) enum Event {
+    /// A machine learns something.
+    Fact(Side, Input),
+    /// A thread has done its job.
+    Done(Side, Thread),
+    /// The source's worker of a lane has read and sent what it was at.
+    LaneSent(usize),
+    /// Something arrives on a lane.
+    LaneArrives(usize, Frame),
+    /// The target's worker of a lane has placed it.
+    LanePlaces(usize, Frame),
+    /// A message arrives on the control lane.
+    Arrives(Side, Message),
+    /// A side notices that a link is gone.
+    Notices(Side, &'static str),
+    /// A guest's vCPUs write.
+    Tick(Side),
+    /// A machine's deadline.
+    Wake(Side),
+    /// Mischief.
+    Mischief(Mischief),
+    /// A question arrives at the target.
+    AskArrives(u64),
+    /// A question ends.
+    AskEnds(u64, Option<Verdict>),
+}
+
+struct Scheduled {
+    at: Duration,
+    order: u64,
+    event: Event,
+}
+
+impl PartialEq for Scheduled {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Scheduled {}
+
+impl PartialOrd for Scheduled {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Scheduled {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.at, self.order).cmp(&(other.at, other.order))
+    }
+}
+
+/// One end: a VM, and a driver with its threads.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
+pub(super) struct End {
+    pub(super) vm: Vm,
+    pub(super) workers: [Worker; THREADS],
+    /// What the journal would say after a crash.
+    pub(super) journal: Option<Record>,
+    /// What it was last told to say.
+    pub(super) journal_told: Option<Record>,
+    /// What this end sends on the control lane.
+    pub(super) pipe: Pipe,
+    /// False once its control lane is known to be gone.
+    pub(super) reading: bool,
+    pub(super) lanes_closed: bool,
+    pub(super) lanes_lost: bool,
+    pub(super) outcome: Option<Outcome>,
+    /// Added to what it does next.
+    pub(super) frozen: Duration,
+    pub(super) ticking: bool,
+    wake: Option<Duration>,
+    phase: Option<Phase>,
+}
+
+impl End {
+    fn new(vm: Vm) -> Self {
+        Self {
+            vm,
+            workers: Default::default(),
+            journal: None,
+            journal_told: None,
+            pipe: Pipe::default(),
+            reading: true,
+            lanes_closed: false,
+            lanes_lost: false,
+            outcome: None,
+            frozen: Duration::ZERO,
+            ticking: false,
+            wake: None,
+            phase: None,
+        }
+    }
+}
+
+/// What the world knows and neither machine does: the oracle of the checks.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
+#[derive(Default)]
+pub(super) struct Truth {
+    /// The guest as it was when Go was said.
+    pub(super) given: Option<(Memory, u64)>,
+    /// The target heard Go.
+    pub(super) go_heard: bool,
+    /// The source heard that the guest is its own again.
+    pub(super) given_back: bool,
+    /// A stranger changed the paused guest when nobody could know in time.
+    pub(super) spoilt: bool,
+    /// Something kept the two from talking, or the target from answering.
+    pub(super) silenced: bool,
+    /// How people want the guest, as far as the source has heard.
+    pub(super) wanted: Option<RunState>,
+    /// Something happened to the source's guest that came too late for its machine.
+    pub(super) late_fate: bool,
+    /// The source has begun to put things back.
+    pub(super) undoing: bool,
+    /// Tracking could not be ended, or the VMM not: said aloud by the engine.
+    pub(super) excused: bool,
+}
+
+/// The simulated world of one seed.
+pub(super) struct World {
+    pub(super) now: Duration,
+    queue: BinaryHeap<Reverse<Scheduled>>,
+    scheduled: u64,
+    /// Events that are not guests at work: when there are none, nothing will change.
+    pending: usize,
+    pub(super) steps: u64,
+    pub(super) rng: Rng,
+    pub(super) plan: Plan,
+    pub(super) flaw: Option<Flaw>,
+    pub(super) source: Source,
+    pub(super) target: Target,
+    ends: [End; 2],
+    pub(super) tracker: Tracker,
+    pub(super) inventory: Inventory,
+    pub(super) plugged: bool,
+    /// The target's VMM has loaded the guest.
+    pub(super) loaded: bool,
+    /// What happened to a guest and its machine has not heard of.
+    pub(super) unheard: [u32; 2],
+    pub(super) lanes_cut: bool,
+    pub(super) lanes: Vec<Lane>,
+    pub(super) lanes_ended: usize,
+    pub(super) totals: LaneTotals,
+    pub(super) state_at_target: Option<u64>,
+    pub(super) load_released: Option<(u64, u32)>,
+    pub(super) asking: Option<u64>,
+    pub(super) asked: u64,
+    pub(super) reachable_from: Option<Duration>,
+    pub(super) truth: Truth,
+    pub(super) writes: u64,
+    writes_at_target: u64,
+    waiting: Vec<(When, Mischief)>,
+    trace: Option<Vec<String>>,
+}
+
+/// Whether a world writes down what happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tracing {
+    /// Every step.
+    On,
+    /// Nothing; much faster.
+    Off,
+}
+
+impl World {
+    /// The world of `seed`, with a flaw if one is wanted.
+    pub(super) fn new(seed: u64, flaw: Option<Flaw>, tracing: Tracing) -> Self {
+        let mut rng = Rng::new(seed);
+        let plan = Plan::draw(&mut rng);
+        let layout = layout(&mut rng);
+        let inventory = inventory(layout.clone());
+        let source = Source::new(
+            plan.source.clone(),
+            inventory.clone(),
+            plan.guest,
+            plan.rule.boxed(),
+        );
+        let target = Target::new(plan.target.clone(), inventory.clone());
+        let ends = [Side::Source, Side::Target].map(|_| End::new(Vm::new(&layout, plan.pattern)));
+        let mut world = Self {
+            now: Duration::ZERO,
+            queue: BinaryHeap::new(),
+            scheduled: 0,
+            pending: 0,
+            steps: 0,
+            rng,
+            flaw,
+            source,
+            target,
+            ends,
+            tracker: Tracker::new(&layout),
+            inventory,
+            plugged: false,
+            loaded: false,
+            unheard: [0; 2],
+            lanes_cut: false,
+            lanes: Vec::new(),
+            lanes_ended: 0,
+            totals: LaneTotals::default(),
+            state_at_target: None,
+            load_released: None,
+            asking: None,
+            asked: 0,
+            reachable_from: None,
+            truth: Truth::default(),
+            writes: 0,
+            writes_at_target: 0,
+            waiting: Vec::new(),
+            trace: (tracing == Tracing::On).then(Vec::new),
+            plan,
+        };
+        world.populate(&layout);
+        world
+    }
+
+    /// RAM that a guest has worked in, and RAM that was blanked.
+    fn populate(&mut self, layout: &Layout) {
+        let mut ram = Memory::new(layout);
+        let (rng, writes) = (&mut self.rng, &mut self.writes);
+        ram.fill_all(|| {
+            *writes += 1;
+            if rng.percent(60) {
+                Content(*writes)
+            } else {
+                Content::ZERO
+            }
+        });
+        self.ends[0].vm.ram = ram;
+        if self.flaw == Some(Flaw::TargetNotBlank) {
+            self.ends[1].vm.ram.fill_all(|| Content(u64::MAX >> 1));
+        }
+        self.truth.wanted = Some(self.plan.guest);
+        if self.plan.guest == RunState::Running {
+            self.let_run(Side::Source, super::guest::RunBy::Engine);
+        }
+        for (when, mischief) in mem::take(&mut self.plan.mischief) {
+            match when {
+                When::After(span) => self.after(span, Event::Mischief(mischief)),
+                when @ When::In(..) => self.waiting.push((when, mischief)),
+            }
+        }
+    }
+
+    pub(super) fn end(&mut self, side: Side) -> &mut End {
+        &mut self.ends[side as usize]
+    }
+
+    pub(super) fn at(&self, side: Side) -> &End {
+        &self.ends[side as usize]
+    }
+
+    /// Lets the world happen until both machines have ended.
+    pub(super) fn run(&mut self) -> Result<(), Violation> {
+        self.settle(Side::Source)?;
+        self.settle(Side::Target)?;
+        while !self.is_over() {
+            let next = (self.pending > 0 && self.now < END_OF_TIME).then(|| self.queue.pop());
+            let Some(Reverse(next)) = next.flatten() else {
+                return Err(self.stuck());
+            };
+            self.now = next.at;
+            self.steps += 1;
+            if !matches!(next.event, Event::Tick(_)) {
+                self.pending -= 1;
+            }
+            self.happen(next.event)?;
+            self.check_owners()?;
+        }
+        self.check_end()
+    }
+
+    /// Both have ended, and their threads with them.
+    fn is_over(&self) -> bool {
+        let over = |end: &End| {
+            let idle = end
+                .workers
+                .iter()
+                .all(|worker| worker.queue.is_empty() || worker.parked);
+            end.outcome.is_some() && idle
+        };
+        self.ends.iter().all(over)
+    }
+
+    fn stuck(&self) -> Violation {
+        Violation::Stuck {
+            source_phase: self.source.phase(),
+            target_phase: self.target.phase(),
+        }
+    }
+
+    fn happen(&mut self, event: Event) -> Result<(), Violation> {
+        match event {
+            Event::Fact(side, input) => return self.tell(side, input),
+            Event::Done(side, thread) => return self.job_done(side, thread),
+            Event::LaneSent(lane) => self.lane_sent(lane),
+            Event::LaneArrives(lane, frame) => self.lane_arrives(lane, frame),
+            Event::LanePlaces(lane, frame) => return self.lane_places(lane, &frame),
+            Event::Arrives(side, message) => return self.arrives(side, message),
+            Event::Notices(side, what) => return self.notices(side, what),
+            Event::Tick(side) => self.tick(side),
+            Event::Wake(side) => return self.wake(side),
+            Event::Mischief(mischief) => self.mischief(mischief),
+            Event::AskArrives(id) => self.ask_arrives(id),
+            Event::AskEnds(id, verdict) => return self.ask_ends(id, verdict),
+        }
+        Ok(())
+    }
+
+    /// Schedules an event.
+    pub(super) fn after(&mut self, span: Duration, event: Event) {
+        self.schedule(self.now + span, event);
+    }
+
+    pub(super) fn schedule(&mut self, at: Duration, event: Event) {
+        self.scheduled += 1;
+        if !matches!(event, Event::Tick(_)) {
+            self.pending += 1;
+        }
+        self.queue.push(Reverse(Scheduled {
+            at: at.max(self.now),
+            order: self.scheduled,
+            event,
+        }));
+    }
+
+    /// Tells a machine something that a thread has found out, in the order of that thread.
+    pub(super) fn report(&mut self, side: Side, thread: Thread, input: Input) {
+        let delay = self.rng.micros(1..=20);
+        let now = self.now;
+        let told = &mut self.end(side).workers[thread as usize].told;
+        *told = (*told).max(now + delay);
+        let at = *told;
+        if self.plan.repeating > 0
+            && self.rng.once_in(self.plan.repeating)
+            && let Some(twin) = Event::twin(side, &input)
+        {
+            let late = self.rng.micros(1..=5000);
+            self.schedule(at + late, twin);
+        }
+        self.schedule(at, Event::Fact(side, input));
+    }
+
+    pub(super) fn failed(&mut self, side: Side, thread: Thread, step: Step) {
+        let failure = Failure::new(step, "so the seed has it");
+        self.report(side, thread, Input::Failed(failure));
+    }
+
+    /// A machine takes a fact in, and what it orders is begun.
+    pub(super) fn tell(&mut self, side: Side, input: Input) -> Result<(), Violation> {
+        self.note(|| format!("{side:?} <- {}", super::trace::fact(&input)));
+        self.overhear(side, &input);
+        let now = Moment(self.now);
+        match side {
+            Side::Source => self.source.handle(now, input),
+            Side::Target => self.target.handle(now, input),
+        }
+        self.settle(side)
+    }
+
+    fn wake(&mut self, side: Side) -> Result<(), Violation> {
+        self.end(side).wake = None;
+        let now = Moment(self.now);
+        if self.deadline(side).is_some_and(|at| at <= now) {
+            self.note(|| format!("{side:?} <- time"));
+            match side {
+                Side::Source => self.source.handle_timeout(now),
+                Side::Target => self.target.handle_timeout(now),
+            }
+        }
+        self.settle(side)
+    }
+
+    fn deadline(&self, side: Side) -> Option<Moment> {
+        match side {
+            Side::Source => self.source.poll_timeout(),
+            Side::Target => self.target.poll_timeout(),
+        }
+    }
+
+    /// Carries out what a machine orders, and notes when it wants to be woken.
+    fn settle(&mut self, side: Side) -> Result<(), Violation> {
+        while let Some(action) = self.poll(side) {
+            self.note(|| format!("{side:?} -> {}", super::trace::order(&action)));
+            if self.at(side).outcome.is_some() {
+                return Err(Violation::OrderAfterEnd {
+                    side,
+                    action: super::trace::order(&action),
+                });
+            }
+            match side {
+                Side::Source => self.source_action(action)?,
+                Side::Target => self.target_action(action)?,
+            }
+        }
+        if let Some(Moment(at)) = self.deadline(side)
+            && self.at(side).wake.is_none_or(|wake| at < wake)
+        {
+            self.end(side).wake = Some(at);
+            self.schedule(at, Event::Wake(side));
+        }
+        self.reach_phase(side);
+        Ok(())
+    }
+
+    fn poll(&mut self, side: Side) -> Option<Action> {
+        match side {
+            Side::Source => self.source.poll_action(),
+            Side::Target => self.target.poll_action(),
+        }
+    }
+
+    /// Sets off the mischief that waits for a phase.
+    fn reach_phase(&mut self, side: Side) {
+        let phase = match side {
+            Side::Source => self.source.phase(),
+            Side::Target => self.target.phase(),
+        };
+        if self.end(side).phase.replace(phase) == Some(phase) {
+            return;
+        }
+        let due = |when: &When| matches!(when, When::In(at, in_phase, _) if (*at, *in_phase) == (side, phase));
+        let (now, later) = mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|(when, _)| due(when));
+        self.waiting = later;
+        let now: Vec<(When, Mischief)> = now;
+        for (when, mischief) in now {
+            if let When::In(_, _, span) = when {
+                self.after(span, Event::Mischief(mischief));
+            }
+        }
+    }
+
+    /// Begins a job, or queues it behind the others of its thread.
+    pub(super) fn order(&mut self, side: Side, job: Job) {
+        let thread = job.thread();
+        self.end(side).workers[thread as usize].queue.push_back(job);
+        self.begin_next(side, thread);
+    }
+
+    pub(super) fn begin_next(&mut self, side: Side, thread: Thread) {
+        let worker = &mut self.end(side).workers[thread as usize];
+        if worker.busy || worker.queue.is_empty() {
+            return;
+        }
+        worker.busy = true;
+        if side == Side::Source {
+            self.source_begins(thread);
+        }
+        let frozen = mem::take(&mut self.end(side).frozen);
+        let takes = self.rng.micros(self.plan.work_us.clone()) + frozen;
+        self.after(takes, Event::Done(side, thread));
+    }
+
+    fn job_done(&mut self, side: Side, thread: Thread) -> Result<(), Violation> {
+        let worker = &mut self.end(side).workers[thread as usize];
+        if worker
+            .queue
+            .front()
+            .is_some_and(|job| matches!(job, Job::Load))
+            && !self.load_can_end()
+        {
+            self.end(side).workers[thread as usize].parked = true;
+            return Ok(());
+        }
+        let worker = &mut self.end(side).workers[thread as usize];
+        worker.busy = false;
+        worker.parked = false;
+        let Some(job) = worker.queue.pop_front() else {
+            return Ok(());
+        };
+        match side {
+            Side::Source => self.source_does(job),
+            Side::Target => self.target_does(job)?,
+        }
+        self.begin_next(side, thread);
+        Ok(())
+    }
+
+    fn tick(&mut self, side: Side) {
+        self.end(side).ticking = false;
+        let done = side == Side::Target && self.writes_at_target > WRITES_AT_TARGET;
+        if !self.at(side).vm.runs() || done {
+            return;
+        }
+        for _ in 0..self.rng.within(1..=self.plan.burst) {
+            self.writes += 1;
+            let write = Content(self.writes);
+            let place = self.ends[side as usize].vm.execute(&mut self.rng, write);
+            if side == Side::Source {
+                self.wrote(place);
+            } else {
+                self.writes_at_target += 1;
+            }
+        }
+        self.end(side).ticking = true;
+        let span = self.plan.tick / 2 + self.rng.micros(1..=50).min(self.plan.tick);
+        self.after(span, Event::Tick(side));
+    }
+
+    /// Lets a guest run and keeps it busy.
+    pub(super) fn let_run(&mut self, side: Side, by: super::guest::RunBy) {
+        self.end(side).vm.run(by);
+        if self.at(side).vm.runs() && !mem::replace(&mut self.end(side).ticking, true) {
+            let span = self.rng.micros(1..=50);
+            self.after(span, Event::Tick(side));
+        }
+    }
+
+    /// True when chance has this job fail.
+    pub(super) fn fails(&mut self) -> bool {
+        self.plan.failing > 0 && self.rng.once_in(self.plan.failing)
+    }
+
+    pub(super) fn note(&mut self, line: impl FnOnce() -> String) {
+        if let Some(trace) = &mut self.trace {
+            trace.push(format!("{:>10.3?} {}", self.now, line()));
+        }
+    }
+
+    /// How it ended.
+    pub(super) fn summary(&self) -> Summary {
+        let ending = |side: Side| {
+            let outcome = self.at(side).outcome.as_ref();
+            outcome.map_or(Ending::InDoubt, Ending::of)
+        };
+        Summary {
+            source: ending(Side::Source),
+            target: ending(Side::Target),
+            reason: self.at(Side::Source).outcome.as_ref().and_then(reason),
+            lasted: self.now,
+            steps: self.steps,
+        }
+    }
+
+    /// What happened, if it was written down.
+    pub(super) fn into_trace(self) -> Vec<String> {
+        self.trace.unwrap_or_default()
+    }
+}
+
+fn inventory(layout: Layout) -> Inventory {
+    Inventory {
+        arch: "x86_64".into(),
+        machine: "sim-1.0".into(),
+        vmm: "the simulated world".into(),
+        layout,
+        devices: vec!["a counter".into()],
+    }
+}
