@@ -13,7 +13,7 @@ pub(crate) const VERSION: u64 = 1;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Field {
-    /// [`VERSION`].
+    /// The version of this layout.
     Version = 16,
     /// Random, new at every boot.
     BootId = 24,

@@ -59,7 +59,7 @@ pub enum ZeroPages {
 }
 
 /// What the journal of a QEMU says. The journal outlives the engine; see
-/// [`crate::journal`](crate::journal).
+/// [`crate::journal`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Record {
     /// Source: a migration is under way; the guest is here.

@@ -109,7 +109,7 @@ pub fn close(process: &Process, fd: RemoteFd) -> Result<(), Error> {
 }
 
 /// Has the main thread of `process` run one system call and returns its result. Blocks, for
-/// [`LIMIT_MS`] at most and a little more on errors.
+/// 2 s at most, and a little more on errors.
 ///
 /// The call must not block and must not need memory of the process to be prepared.
 /// On every error the process runs on as before.
