@@ -15,6 +15,8 @@
 //! Every state is a struct, consumed by its handler, which returns the next. Trouble of any kind is
 //! one input to a state: what it leads to depends only on whether the guest was given away.
 
+#[cfg(test)]
+mod bench;
 mod config;
 mod ending;
 mod events;

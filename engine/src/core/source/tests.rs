@@ -1,1 +1,403 @@
 //! The source's machine, fact by fact. The long runs are the simulated world's.
+
+use std::time::Duration;
+
+use ferry_stream::message::{AbortCode, Message, Mode, Verdict as Word};
+
+use super::{SourceConfig, SourceLimits};
+use crate::core::converge::Verdict;
+use crate::core::message::{
+    Action, Command, Failure, Input, LaneTotals, Notice, Phase, Reason, Record, Step,
+};
+use crate::vmm::{GuestEvent, RunState};
+
+use super::bench::*;
+
+#[test]
+fn a_migration_without_trouble() {
+    let mut bench = Bench::with(config(), RunState::Running, Verdict::Stop);
+    for (fact, orders) in happy_path() {
+        let told = format!("{fact:?}");
+        assert_eq!(bench.tell(fact), orders, "after {told}");
+    }
+    assert_eq!(bench.machine.phase(), Phase::Ended);
+}
+
+#[test]
+fn a_guest_that_ends_is_kept_until_go_and_gone_after_it() {
+    let ends = || {
+        let (device, what) = ("disk0".to_owned(), "killed".to_owned());
+        [
+            GuestEvent::ShutDown,
+            GuestEvent::Panicked,
+            GuestEvent::IoErrorPause { device },
+            GuestEvent::Gone { what },
+        ]
+    };
+    for phase in BEFORE_GO {
+        for event in ends() {
+            let mut bench = Bench::at(phase);
+            let orders = bench.tell(Input::Guest(event));
+            gives_up(&mut bench, &orders);
+        }
+    }
+    for phase in AFTER_GO {
+        for event in ends() {
+            let mut bench = Bench::at(phase);
+            bench.tell(Input::Guest(event));
+            assert_eq!(bench.machine.phase(), phase, "the target has it");
+        }
+    }
+}
+
+#[test]
+fn a_reset_is_copied_like_any_write_but_spoils_a_switchover() {
+    for phase in [Phase::Preparing, Phase::Copying] {
+        let mut bench = Bench::at(phase);
+        assert_eq!(bench.tell(Input::Guest(GuestEvent::Reset)), ["tell"]);
+        assert_eq!(bench.machine.phase(), phase);
+    }
+    for phase in [Phase::Draining, Phase::Offering, Phase::Giving] {
+        let mut bench = Bench::at(phase);
+        let orders = bench.tell(Input::Guest(GuestEvent::Reset));
+        gives_up(&mut bench, &orders);
+    }
+}
+
+#[test]
+fn somebody_elses_pause_is_kept_at_the_target() {
+    for phase in BEFORE_GO {
+        let mut bench = Bench::at(phase);
+        assert_eq!(bench.tell(Input::Guest(GuestEvent::ForeignPause)), ["tell"]);
+        assert_eq!(bench.machine.phase(), phase);
+    }
+    let mut bench = Bench::at(Phase::Giving);
+    bench.tell(Input::Guest(GuestEvent::ForeignPause));
+    bench
+        .machine
+        .handle(bench.now, Input::Journaled(Record::Given));
+    let go = bench.machine.poll_action();
+    let run = ferry_stream::message::Run::StayPaused;
+    assert!(matches!(go, Some(Action::Send(Message::Go { run: told })) if told == run));
+}
+
+#[test]
+fn somebody_elses_resume_spoils_a_switchover_and_is_undone_after_go() {
+    for phase in [
+        Phase::Stopping,
+        Phase::Draining,
+        Phase::Offering,
+        Phase::Giving,
+    ] {
+        let mut bench = Bench::at(phase);
+        let orders = bench.tell(Input::Guest(GuestEvent::ForeignResume));
+        gives_up(&mut bench, &orders);
+    }
+    for phase in AFTER_GO {
+        let mut bench = Bench::at(phase);
+        let orders = bench.tell(Input::Guest(GuestEvent::ForeignResume));
+        assert_eq!(orders, ["tell", "Pause(Copy)"]);
+        assert_eq!(bench.machine.phase(), phase);
+    }
+}
+
+#[test]
+fn cancel_keeps_the_guest_until_go_and_is_too_late_after_it() {
+    for phase in BEFORE_GO {
+        let mut bench = Bench::at(phase);
+        let orders = bench.tell(Input::Command(Command::Cancel));
+        gives_up(&mut bench, &orders);
+        assert_eq!(bench.undone(), ["finish kept, Running: cancelled"]);
+    }
+    let mut bench = Bench::at(Phase::Given);
+    bench
+        .machine
+        .handle(bench.now, Input::Command(Command::Cancel));
+    let told = bench.machine.poll_action();
+    assert!(matches!(told, Some(Action::Tell(Notice::TooLateToCancel))));
+    let mut greeting = Bench::with(config(), RunState::Running, Verdict::Stop);
+    let orders = greeting.tell(Input::Command(Command::Cancel));
+    assert_eq!(orders, ["send Abort", "finish kept, untouched: cancelled"]);
+}
+
+#[test]
+fn a_message_at_the_wrong_time_ends_it_before_go_and_raises_the_question_after() {
+    for phase in BEFORE_GO {
+        let mut bench = Bench::at(phase);
+        let orders = bench.tell(Input::Received(Message::Inquire));
+        gives_up(&mut bench, &orders);
+    }
+    let mut bench = Bench::at(Phase::Given);
+    assert_eq!(bench.tell(Input::Received(Message::Ready)), ["tell", "Ask"]);
+    assert_eq!(
+        Bench::at(Phase::Copying).tell(Input::Received(Message::Ping)),
+        [""; 0]
+    );
+}
+
+#[test]
+fn go_needs_ready_and_the_last_round_in_whichever_order() {
+    let mut bench = Bench::at(Phase::Offering);
+    assert_eq!(bench.tell(done(3, 1)), [""; 0]);
+    assert_eq!(bench.tell(Input::Received(Message::Ready)), [""; 0]);
+    assert_eq!(
+        bench.tell(sent(3, 6)),
+        ["journal Given"],
+        "our own lanes were slow to tell"
+    );
+}
+
+#[test]
+fn a_round_that_both_count_differently_ends_it() {
+    let mut bench = Bench::at(Phase::Copying);
+    bench.tell(sent(1, 3));
+    let orders = bench.tell(done(1, 2));
+    gives_up(&mut bench, &orders);
+    let end = bench.undone();
+    assert_eq!(
+        end,
+        ["finish kept, Running: round 1: 3 pages by our count, 2 by the peer's"]
+    );
+}
+
+#[test]
+fn hardware_that_changed_keeps_the_guest() {
+    let mut bench = Bench::at(Phase::Draining);
+    let mut now = inventory();
+    now.devices.push("disk1".into());
+    let orders = bench.tell(Input::Inventoried(Box::new(now)));
+    gives_up(&mut bench, &orders);
+}
+
+#[test]
+fn a_given_record_that_cannot_be_written_gives_nothing_away() {
+    let mut bench = Bench::at(Phase::Giving);
+    let orders = bench.tell(failure(Step::Journal));
+    assert!(!orders.contains(&"send Go".to_owned()));
+    assert_eq!(bench.machine.phase(), Phase::Undoing);
+}
+
+#[test]
+fn every_wait_before_go_has_a_bound() {
+    for phase in [
+        Phase::Greeting,
+        Phase::Preparing,
+        Phase::Stopping,
+        Phase::Draining,
+        Phase::Offering,
+    ] {
+        let mut bench = if phase == Phase::Greeting {
+            Bench::with(config(), RunState::Running, Verdict::Stop)
+        } else {
+            Bench::at(phase)
+        };
+        let orders = bench.wait();
+        assert!(
+            orders.contains(&"send Abort".to_owned()),
+            "{phase}: {orders:?}"
+        );
+    }
+    let mut bench = Bench::at(Phase::Given);
+    assert_eq!(bench.wait(), ["tell", "Ask"]);
+}
+
+#[test]
+fn pages_that_move_are_no_standstill() {
+    let mut bench = Bench::at(Phase::Draining);
+    let before = bench.machine.poll_timeout();
+    bench.tell(Input::Sent(LaneTotals::default()));
+    assert!(bench.machine.poll_timeout() > before);
+}
+
+#[test]
+fn the_time_out_suspends_and_the_move_finishes() {
+    let timeout = Some(Duration::from_secs(5));
+    let config = SourceConfig {
+        timeout,
+        ..config()
+    };
+    let mut bench = Bench::with(config, RunState::Running, Verdict::GiveUp);
+    let mut facts = happy_path().into_iter();
+    while bench.machine.phase() != Phase::Copying {
+        bench.tell(facts.next().unwrap().0);
+    }
+    assert_eq!(bench.wait(), ["tell", "Pause(Copy)"]);
+    let at = bench.now;
+    assert_eq!(bench.tell(Input::Paused { at }), [""; 0]);
+    bench.tell(sent(1, 3));
+    bench.tell(done(1, 3));
+    let orders = bench.tell(Input::Collected { found: pages(9) });
+    assert_eq!(orders, ["Pause(Switchover)"], "however much is left");
+}
+
+#[test]
+fn rounds_that_do_not_shrink_keep_the_guest_where_nothing_else_is_allowed() {
+    let mut bench = Bench::with(config(), RunState::Running, Verdict::GiveUp);
+    for (fact, _) in happy_path().into_iter().take(9) {
+        bench.tell(fact);
+    }
+    let orders = bench.tell(Input::Collected { found: pages(9) });
+    gives_up(&mut bench, &orders);
+    assert!(bench.undone()[0].contains("not converging"));
+}
+
+#[test]
+fn a_limit_below_the_floor_is_told_once() {
+    let downtime_limit = Duration::from_millis(1);
+    let config = SourceConfig {
+        downtime_limit,
+        ..config()
+    };
+    let mut bench = Bench::with(config, RunState::Running, Verdict::Continue);
+    for (fact, _) in happy_path().into_iter().take(9) {
+        bench.tell(fact);
+    }
+    let found = pages(2);
+    assert_eq!(
+        bench.tell(Input::Collected { found }),
+        ["tell", "Flush", "copy 2 in round 2, Tell"]
+    );
+    bench.tell(sent(2, 5));
+    bench.tell(done(2, 2));
+    let found = pages(2);
+    assert_eq!(
+        bench.tell(Input::Collected { found }),
+        ["copy 2 in round 3, Tell"]
+    );
+}
+
+#[test]
+fn a_paused_move_holds_the_guest_before_the_first_round() {
+    let mode = Mode::Paused;
+    let mut bench = Bench::with(
+        SourceConfig { mode, ..config() },
+        RunState::Running,
+        Verdict::Stop,
+    );
+    for (fact, _) in happy_path().into_iter().take(5) {
+        bench.tell(fact);
+    }
+    assert_eq!(
+        bench.tell(Input::Received(Message::Prepared)),
+        ["Pause(Copy)"]
+    );
+    let at = bench.now;
+    assert_eq!(
+        bench.tell(Input::Paused { at }),
+        ["Flush", "copy 3 in round 1, Skip"]
+    );
+}
+
+#[test]
+fn somebody_elses_resume_turns_a_paused_move_into_a_live_one() {
+    let mode = Mode::Paused;
+    let mut bench = Bench::with(
+        SourceConfig { mode, ..config() },
+        RunState::Running,
+        Verdict::Continue,
+    );
+    for (fact, _) in happy_path().into_iter().take(6) {
+        bench.tell(fact);
+    }
+    let orders = bench.tell(Input::Guest(GuestEvent::ForeignResume));
+    assert_eq!(orders, ["tell", "Flush", "copy 3 in round 1, Skip"]);
+    let at = bench.now;
+    bench.tell(Input::Paused { at });
+    bench.tell(sent(1, 3));
+    bench.tell(done(1, 3));
+    let orders = bench.tell(Input::Collected { found: pages(2) });
+    assert_eq!(
+        orders[0], "copy 2 in round 2, Tell",
+        "it runs: the rule decides"
+    );
+}
+
+#[test]
+fn after_go_only_the_targets_word_counts() {
+    let words = [
+        (Word::Taken, "send Finished"),
+        (Word::Refused, "Undo { guest: Running }"),
+        (Word::Returned, "Undo { guest: Running }"),
+    ];
+    for (verdict, order) in words {
+        let mut bench = Bench::at(Phase::Given);
+        let (code, text) = (AbortCode::Vmm, "no".to_owned());
+        assert_eq!(
+            bench.tell(Input::Received(Message::Abort { code, text })),
+            ["tell", "Ask"]
+        );
+        assert!(!bench.machine.may_run());
+        let orders = bench.tell(Input::Answered(Some(verdict)));
+        // The link is down: what would be sent is not.
+        let order = if order.starts_with("send") {
+            "journal Moved"
+        } else {
+            order
+        };
+        assert!(
+            orders.contains(&order.to_owned()),
+            "{verdict:?}: {orders:?}"
+        );
+    }
+}
+
+#[test]
+fn in_doubt_when_nobody_answers() {
+    let mut bench = Bench::at(Phase::Given);
+    assert_eq!(bench.tell(lost()), ["tell", "Ask"]);
+    for _ in 0..3 {
+        assert_eq!(bench.tell(Input::Answered(None)), [""; 0]);
+        assert_eq!(bench.wait(), ["Ask"]);
+    }
+    bench.now = bench.now.after(SourceLimits::default().asking);
+    let orders = bench.tell(Input::Answered(None));
+    assert_eq!(orders, ["CloseLanes", "StopTracking", "finish in doubt"]);
+    assert!(!bench.machine.may_run());
+}
+
+#[test]
+fn running_settles_a_question_that_is_on_its_way() {
+    let mut bench = Bench::at(Phase::Given);
+    bench.wait();
+    let orders = bench.tell(Input::Received(Message::Running));
+    assert_eq!(orders[0], "send Finished", "the link stands");
+}
+
+#[test]
+fn what_comes_late_while_undoing_changes_nothing() {
+    let mut bench = Bench::at(Phase::Preparing);
+    bench.tell(Input::Command(Command::Cancel));
+    let late = [
+        Input::LanesOpen,
+        failure(Step::Journal),
+        failure(Step::OpenLanes),
+        lost(),
+        Input::Command(Command::Cancel),
+    ];
+    for fact in late {
+        assert_eq!(bench.tell(fact), [""; 0]);
+    }
+    assert_eq!(bench.undone().len(), 1);
+    assert_eq!(
+        bench.tell(Input::TrackingStopped),
+        [""; 0],
+        "nothing is ordered after the end"
+    );
+}
+
+#[test]
+fn a_source_that_cannot_be_put_back_says_so() {
+    let mut bench = Bench::at(Phase::Copying);
+    bench.tell(lost());
+    let damage = Failure::new(Step::Undo, "as the test has it");
+    bench.tell(Input::Undone(Err(damage)));
+    bench.tell(Input::TrackingStopped);
+    let orders = bench.tell(failure(Step::Journal));
+    let reason = Reason::LinkLost {
+        what: "cut".to_owned(),
+    };
+    assert_eq!(
+        orders,
+        ["tell".to_owned(), format!("finish kept, damaged: {reason}")]
+    );
+}

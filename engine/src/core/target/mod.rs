@@ -12,6 +12,8 @@
 //! A target that refuses writes so before anybody is told, and that voids a Go still on its way. It
 //! lingers for a while to answer a source that lost the link after it had said Go.
 
+#[cfg(test)]
+mod bench;
 mod ending;
 mod greeting;
 mod receiving;

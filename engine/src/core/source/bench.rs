@@ -1,0 +1,251 @@
+//! A source's machine under test: facts in, orders out as words, and the path without trouble.
+
+use std::time::Duration;
+
+use ferry_stream::message::{Features, Message, Mode, Round, SessionId, Welcome};
+
+use super::{Source, SourceConfig, SourceLimits};
+use crate::core::converge::{Converge, Verdict, View};
+use crate::core::layout::{Layout, PageRange, Region, RegionIndex};
+use crate::core::message::{
+    Action, Failure, GuestLeft, Input, LaneTotals, Moment, Outcome, Phase, Record, Step,
+};
+use crate::core::pageset::PageSet;
+use crate::vmm::{Inventory, RunState};
+
+/// A rule that always says the same.
+pub(super) struct Always(pub(super) Verdict);
+
+impl Converge for Always {
+    fn decide(&mut self, _: &View<'_>) -> Verdict {
+        self.0
+    }
+}
+
+pub(super) fn layout() -> Layout {
+    let region = Region {
+        name: "ram0".into(),
+        bytes: 16 * 4096,
+        backing_page_bytes: 4096,
+    };
+    Layout::new(vec![region]).unwrap()
+}
+
+pub(super) fn inventory() -> Inventory {
+    Inventory {
+        arch: "x86_64".into(),
+        machine: "test-1.0".into(),
+        vmm: "a test".into(),
+        layout: layout(),
+        devices: vec!["net0".into()],
+    }
+}
+
+pub(super) fn config() -> SourceConfig {
+    SourceConfig {
+        session: SessionId([1; 16]),
+        mode: Mode::Live,
+        run_at_target: None,
+        downtime_limit: Duration::from_millis(50),
+        timeout: None,
+        lanes: 2,
+        switchover_floor: Duration::from_millis(10),
+        limits: SourceLimits::default(),
+    }
+}
+
+/// The first `count` pages.
+pub(super) fn pages(count: u64) -> PageSet {
+    let mut set = PageSet::empty(&layout());
+    set.insert(RegionIndex(0), PageRange::new(0, count))
+        .unwrap();
+    set
+}
+
+pub(super) fn sent(round: u32, pages: u64) -> Input {
+    let totals = LaneTotals {
+        pages,
+        ..LaneTotals::default()
+    };
+    let round = Round(round);
+    Input::RoundSent { round, totals }
+}
+
+pub(super) fn done(round: u32, pages: u64) -> Input {
+    let round = Round(round);
+    Input::Received(Message::RoundDone { round, pages })
+}
+
+pub(super) fn failure(step: Step) -> Input {
+    Input::Failed(Failure::new(step, "as the test has it"))
+}
+
+pub(super) fn lost() -> Input {
+    let what = "cut".to_owned();
+    Input::LinkLost { what }
+}
+
+/// An action in a few words.
+pub(super) fn word(action: &Action) -> String {
+    match action {
+        Action::Send(message) => format!("send {}", message.name()),
+        Action::Copy {
+            round,
+            pages,
+            zeros,
+        } => format!("copy {} in {round}, {zeros:?}", pages.len()),
+        Action::Collect { rearm, .. } => format!("collect, rearm {rearm:?}"),
+        Action::StartTracking { .. } => "track".to_owned(),
+        Action::OpenLanes { lanes } => format!("open {lanes} lanes"),
+        Action::Journal(record) => format!("journal {record:?}"),
+        Action::Tell(_) => "tell".to_owned(),
+        Action::Finish(Outcome::Moved) => "finish moved".to_owned(),
+        Action::Finish(Outcome::Kept { reason, guest }) => {
+            let left = match guest {
+                GuestLeft::As(state) => format!("{state:?}"),
+                GuestLeft::Untouched => "untouched".to_owned(),
+                GuestLeft::Ended => "ended".to_owned(),
+                GuestLeft::Damaged(_) => "damaged".to_owned(),
+            };
+            format!("finish kept, {left}: {reason}")
+        }
+        Action::Finish(Outcome::InDoubt { .. }) => "finish in doubt".to_owned(),
+        other => format!("{other:?}"),
+    }
+}
+
+/// A machine under test.
+pub(super) struct Bench {
+    pub(super) machine: Source,
+    pub(super) now: Moment,
+}
+
+impl Bench {
+    pub(super) fn with(config: SourceConfig, guest: RunState, verdict: Verdict) -> Self {
+        let machine = Source::new(config, inventory(), guest, Box::new(Always(verdict)));
+        let now = Moment::default();
+        let mut bench = Self { machine, now };
+        assert_eq!(bench.orders(), ["send Hello"]);
+        bench
+    }
+
+    pub(super) fn orders(&mut self) -> Vec<String> {
+        std::iter::from_fn(|| self.machine.poll_action())
+            .map(|action| word(&action))
+            .collect()
+    }
+
+    pub(super) fn tell(&mut self, input: Input) -> Vec<String> {
+        self.now = self.now.after(Duration::from_millis(1));
+        self.machine.handle(self.now, input);
+        self.orders()
+    }
+
+    /// Lets time pass until the machine's deadline.
+    pub(super) fn wait(&mut self) -> Vec<String> {
+        self.now = self.machine.poll_timeout().expect("something is awaited");
+        self.machine.handle_timeout(self.now);
+        self.orders()
+    }
+
+    /// A live migration that has come to `phase`, with everything going well.
+    pub(super) fn at(phase: Phase) -> Self {
+        let mut bench = Self::with(config(), RunState::Running, Verdict::Stop);
+        let mut facts = happy_path().into_iter();
+        while bench.machine.phase() != phase {
+            let (fact, _) = facts.next().expect("the happy path comes by every phase");
+            bench.tell(fact);
+        }
+        bench
+    }
+
+    /// Answers an undo, to the end.
+    pub(super) fn undone(&mut self) -> Vec<String> {
+        self.tell(Input::Undone(Ok(RunState::Running)));
+        assert_eq!(self.tell(Input::TrackingStopped), ["journal Kept"]);
+        self.tell(Input::Journaled(Record::Kept))
+    }
+}
+
+/// Every fact of a migration without trouble, with what it leads to.
+pub(super) fn happy_path() -> Vec<(Input, Vec<&'static str>)> {
+    let welcome = Message::Welcome(Welcome {
+        version: 1,
+        features: Features::NONE,
+        lanes: 2,
+    });
+    let got = Input::Received;
+    let found = |count| Input::Collected {
+        found: pages(count),
+    };
+    let populated = pages(3);
+    let at = Moment(Duration::from_millis(9));
+    vec![
+        (
+            got(welcome),
+            vec!["journal Migrating", "open 2 lanes", "OpenState", "track"],
+        ),
+        (Input::Journaled(Record::Migrating), vec![]),
+        (Input::LanesOpen, vec![]),
+        (Input::StateOpen, vec![]),
+        (Input::Tracking { populated }, vec![]),
+        (
+            got(Message::Prepared),
+            vec!["Flush", "copy 3 in round 1, Skip"],
+        ),
+        (Input::Flushed, vec![]),
+        (sent(1, 3), vec![]),
+        (done(1, 3), vec!["collect, rearm Yes"]),
+        (found(1), vec!["Pause(Switchover)"]),
+        (
+            Input::Paused { at },
+            vec!["send Paused", "Inventory", "collect, rearm Yes"],
+        ),
+        (Input::Inventoried(Box::new(inventory())), vec!["Save"]),
+        (found(2), vec!["copy 2 in round 2, Tell"]),
+        (Input::Saved { bytes: 9, crc: 7 }, vec![]),
+        (sent(2, 5), vec![]),
+        (done(2, 2), vec!["collect, rearm No"]),
+        (found(1), vec!["copy 1 in round 3, Tell", "send Complete"]),
+        (sent(3, 6), vec![]),
+        (done(3, 1), vec![]),
+        (got(Message::Ready), vec!["journal Given"]),
+        (Input::Journaled(Record::Given), vec!["send Go"]),
+        (
+            got(Message::Running),
+            vec![
+                "send Finished",
+                "journal Moved",
+                "CloseLanes",
+                "StopTracking",
+            ],
+        ),
+        (Input::Journaled(Record::Moved), vec![]),
+        (Input::TrackingStopped, vec!["Retire"]),
+        (Input::Retired, vec!["finish moved"]),
+    ]
+}
+
+pub(super) const BEFORE_GO: [Phase; 6] = [
+    Phase::Preparing,
+    Phase::Copying,
+    Phase::Stopping,
+    Phase::Draining,
+    Phase::Offering,
+    Phase::Giving,
+];
+
+pub(super) const AFTER_GO: [Phase; 2] = [Phase::Given, Phase::Leaving];
+
+/// How trouble before Go begins to be put right.
+pub(super) fn gives_up(bench: &mut Bench, orders: &[String]) {
+    if bench.machine.phase() == Phase::Giving {
+        // The journal is at work: nothing is undone under its hands.
+        let orders = bench.tell(Input::Journaled(Record::Given));
+        assert!(orders.contains(&"StopTracking".to_owned()), "{orders:?}");
+        assert!(!orders.contains(&"send Go".to_owned()), "{orders:?}");
+    } else {
+        assert!(orders.contains(&"StopTracking".to_owned()), "{orders:?}");
+    }
+    assert_eq!(bench.machine.phase(), Phase::Undoing);
+}
