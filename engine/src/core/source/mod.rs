@@ -248,6 +248,14 @@ impl State {
         }
     }
 
+    /// What was waited for before the next collection is there.
+    fn go_on(self, shared: &mut Shared) -> Self {
+        match self {
+            Self::Collecting(collecting) => collecting.go_on(shared),
+            state => state,
+        }
+    }
+
     /// True while the guest runs and its RAM is copied.
     fn is_copying(&self) -> bool {
         matches!(self, Self::Copying(_) | Self::Collecting(_))
@@ -290,11 +298,11 @@ impl Shared {
             }
             Input::Flushed => {
                 self.flushing = false;
-                state
+                state.go_on(self)
             }
             Input::Paused { at } if state.is_copying() => {
                 self.hold(at);
-                state
+                state.go_on(self)
             }
             Input::Journaled(record) => {
                 if self.journaling.front() == Some(&record) {

@@ -148,41 +148,78 @@ impl Copying {
             Settled::NotYet => State::Copying(self),
             Settled::Unrelated(input) => shared.unexpected(State::Copying(self), &input),
             Settled::Wrong(reason) => shared.undo(reason),
-            Settled::Done => {
-                shared.collect(Rearm::Yes);
-                State::Collecting(Collecting)
-            }
+            Settled::Done => shared.collect_next(),
         }
     }
 }
 
 /// What was written during the last round is being collected.
-pub(super) struct Collecting;
+pub(super) struct Collecting {
+    /// Collected before and not sent yet.
+    before: Option<PageSet>,
+    awaits: Awaits,
+}
+
+/// What comes next to a collection.
+#[derive(PartialEq, Eq)]
+enum Awaits {
+    /// Its result.
+    Pages,
+    /// The end of a flush, before another collection is worth anything.
+    Flush,
+}
 
 impl Collecting {
     pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
         match input {
-            Input::Collected { found } => shared.decide(found),
+            Input::Collected { mut found } if self.awaits == Awaits::Pages => {
+                shared.meter.collected(shared.now, found.len());
+                if let Some(before) = self.before {
+                    found.union(&before);
+                }
+                shared.decide(found)
+            }
             input => shared.unexpected(State::Collecting(self), &input),
         }
+    }
+
+    /// Nothing is waited for any more: a flush has ended, or the guest stands.
+    pub(super) fn go_on(mut self, shared: &mut Shared) -> State {
+        if self.awaits == Awaits::Flush {
+            self.awaits = Awaits::Pages;
+            shared.collect(Rearm::Yes);
+        }
+        State::Collecting(self)
     }
 }
 
 impl Shared {
+    fn collect_next(&mut self) -> State {
+        self.collect(Rearm::Yes);
+        State::Collecting(Collecting {
+            before: None,
+            awaits: Awaits::Pages,
+        })
+    }
+
     fn decide(&mut self, dirty: PageSet) -> State {
-        self.meter.collected(self.now, dirty.len());
         if self.held.is_some() {
             return self.stop(dirty);
         }
         self.tell_floor();
         match self.verdict(dirty.len()) {
-            // A flush that is still going on would be waited for inside the blackout.
-            Verdict::Stop if !self.flushing => self.stop(dirty),
+            // The pause would wait for the flush, with the guest standing. Further rounds would only
+            // pass the time.
+            Verdict::Stop if self.flushing => State::Collecting(Collecting {
+                before: Some(dirty),
+                awaits: Awaits::Flush,
+            }),
+            Verdict::Stop => self.stop(dirty),
             Verdict::GiveUp if self.timeout.is_none() => {
                 let reason = self.not_converging(dirty.len());
                 self.undo(reason)
             }
-            Verdict::Stop | Verdict::GiveUp | Verdict::Continue => {
+            Verdict::GiveUp | Verdict::Continue => {
                 self.order_flush();
                 State::Copying(Copying {
                     in_flight: self.copy(dirty),

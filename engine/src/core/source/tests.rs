@@ -401,3 +401,27 @@ fn a_source_that_cannot_be_put_back_says_so() {
         ["tell".to_owned(), format!("finish kept, damaged: {reason}")]
     );
 }
+
+/// Inside the blackout it would be waited for as well. A round of next to nothing takes less than any
+/// flush: rounds that only pass the time would follow each other by the thousand.
+#[test]
+fn a_flush_under_way_is_waited_for_without_another_round() {
+    for suspended in [None, Some(Command::Suspend)] {
+        let mut bench = Bench::at(Phase::Copying);
+        bench.tell(sent(1, 3));
+        assert_eq!(bench.tell(done(1, 3)), ["collect, rearm Yes"]);
+        assert_eq!(bench.tell(Input::Collected { found: pages(2) }), [""; 0]);
+        let at = bench.now;
+        let ends_the_wait = match suspended {
+            None => Input::Flushed,
+            Some(suspend) => {
+                let orders = bench.tell(Input::Command(suspend));
+                assert_eq!(orders, ["tell", "Pause(Copy)"]);
+                Input::Paused { at }
+            }
+        };
+        assert_eq!(bench.tell(ends_the_wait), ["collect, rearm Yes"]);
+        let orders = bench.tell(Input::Collected { found: pages(1) });
+        assert_eq!(orders, ["Pause(Switchover)"]);
+    }
+}
