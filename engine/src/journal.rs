@@ -91,6 +91,8 @@ pub struct Journal {
     last: Option<Entry>,
     session: SessionId,
     peer: String,
+    /// The name may be another engine's journal by now.
+    is_removed: bool,
 }
 
 impl Journal {
@@ -130,6 +132,7 @@ impl Journal {
             last,
             session,
             peer,
+            is_removed: false,
         })
     }
 
@@ -170,9 +173,19 @@ impl Journal {
     }
 
     /// Removes it: nothing is under way and nobody will ask.
-    pub(crate) fn remove(self) -> Result<(), JournalError> {
-        let path = self.path.clone();
-        fs::remove_file(&path).map_err(failure(&path, "removing"))
+    pub(crate) fn remove(mut self) -> Result<(), JournalError> {
+        self.is_removed = true;
+        fs::remove_file(&self.path).map_err(failure(&self.path, "removing"))
+    }
+}
+
+impl Drop for Journal {
+    /// A journal that says nothing is not left behind. The lock is still held, so it is nobody
+    /// else's.
+    fn drop(&mut self) {
+        if self.last.is_none() && !self.is_removed {
+            _ = fs::remove_file(&self.path);
+        }
     }
 }
 

@@ -21,13 +21,27 @@ const IN_DOUBT: u8 = 3;
 pub(crate) struct Refusal {
     pub(crate) reason: String,
     pub(crate) problems: Vec<Problem>,
+    code: u8,
 }
 
 impl Refusal {
     pub(crate) fn because(reason: String) -> Self {
+        Self::with_problems(reason, Vec::new())
+    }
+
+    pub(crate) fn with_problems(reason: String, problems: Vec<Problem>) -> Self {
         Self {
             reason,
-            problems: Vec::new(),
+            problems,
+            code: REFUSED,
+        }
+    }
+
+    /// Somebody gave up before anything had begun: no fault of the command or of the guest.
+    pub(crate) fn interrupted() -> Self {
+        Self {
+            code: KEPT,
+            ..Self::because(Reason::Cancelled.to_string())
         }
     }
 
@@ -143,7 +157,7 @@ impl Teller {
                 figures: None,
             });
         }
-        ExitCode::from(REFUSED)
+        ExitCode::from(refusal.code)
     }
 
     /// It is over.
@@ -151,10 +165,10 @@ impl Teller {
         let (name, reason, guest, code) = match &finished.outcome {
             Outcome::Moved => ("moved", None, None, ExitCode::SUCCESS),
             Outcome::Kept { reason, guest } => {
-                let code = if matches!(guest, GuestLeft::Untouched) {
-                    REFUSED
-                } else {
-                    KEPT
+                let code = match (guest, reason) {
+                    (GuestLeft::Untouched, Reason::Cancelled) => KEPT,
+                    (GuestLeft::Untouched, _) => REFUSED,
+                    _ => KEPT,
                 };
                 (
                     "kept",

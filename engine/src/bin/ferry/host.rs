@@ -49,10 +49,7 @@ fn refuse(side: Side, problems: Vec<Problem>) -> Refusal {
         Side::Source => "this guest cannot be moved",
         Side::Target => "this QEMU cannot take a guest",
     };
-    Refusal {
-        reason: which.to_owned(),
-        problems,
-    }
+    Refusal::with_problems(which.to_owned(), problems)
 }
 
 /// The journal of a QEMU: named after its process, which nothing else ever is.

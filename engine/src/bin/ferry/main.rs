@@ -3,6 +3,7 @@
 mod args;
 mod ending;
 mod host;
+mod interrupts;
 mod migrate;
 mod progress;
 mod receive;

@@ -14,7 +14,8 @@ use ferry_engine::{Bandwidth, Finished, Job, Migration};
 
 use crate::args::Migrate;
 use crate::ending::{Refusal, Teller};
-use crate::{host, progress, receive};
+use crate::interrupts::Interrupts;
+use crate::{host, progress};
 
 /// How long the target may take to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -24,8 +25,16 @@ pub(crate) async fn run(args: &Migrate) -> ExitCode {
         json: args.common.json,
         figures: true,
     };
-    match start(args).await {
-        Ok(job) => teller.finished(&see_through(job, args).await),
+    let mut interrupts = match Interrupts::listen() {
+        Ok(interrupts) => interrupts,
+        Err(error) => return teller.refused(Refusal::of(&error)),
+    };
+    let started = tokio::select! {
+        started = start(args) => started,
+        () = interrupts.next() => Err(Refusal::interrupted()),
+    };
+    match started {
+        Ok(job) => teller.finished(&see_through(job, args, interrupts).await),
         Err(refusal) => teller.refused(refusal),
     }
 }
@@ -58,13 +67,14 @@ async fn start(args: &Migrate) -> Result<Job, Refusal> {
 }
 
 /// Watches it to its end; an interrupt cancels it.
-async fn see_through(mut job: Job, args: &Migrate) -> Finished {
+async fn see_through(mut job: Job, args: &Migrate, mut interrupts: Interrupts) -> Finished {
     let shown = args
         .verbose
         .then(|| tokio::spawn(progress::show(job.progress())));
     let steering = job.steering();
     let interrupts = tokio::spawn(async move {
-        while receive::interrupted().await {
+        loop {
+            interrupts.next().await;
             eprintln!("ferry: giving up, the guest stays here");
             steering.cancel();
         }

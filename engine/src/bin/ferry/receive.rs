@@ -6,10 +6,10 @@ use std::process::ExitCode;
 use ferry_engine::link::TcpAcceptor;
 use ferry_engine::qemu::Side;
 use ferry_engine::{Finished, Migration, TargetJob};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::Receive;
 use crate::ending::{Refusal, Teller};
+use crate::interrupts::Interrupts;
 use crate::{host, migrate};
 
 pub(crate) async fn run(args: &Receive) -> ExitCode {
@@ -17,8 +17,16 @@ pub(crate) async fn run(args: &Receive) -> ExitCode {
         json: args.common.json,
         figures: false,
     };
-    match start(args).await {
-        Ok(job) => teller.finished(&see_through(job).await),
+    let mut interrupts = match Interrupts::listen() {
+        Ok(interrupts) => interrupts,
+        Err(error) => return teller.refused(Refusal::of(&error)),
+    };
+    let started = tokio::select! {
+        started = start(args) => started,
+        () = interrupts.next() => Err(Refusal::interrupted()),
+    };
+    match started {
+        Ok(job) => teller.finished(&see_through(job, &mut interrupts).await),
         Err(refusal) => teller.refused(refusal),
     }
 }
@@ -43,29 +51,18 @@ async fn start(args: &Receive) -> Result<TargetJob, Refusal> {
     Ok(job)
 }
 
-async fn see_through(mut job: TargetJob) -> Finished {
+async fn see_through(mut job: TargetJob, interrupts: &mut Interrupts) -> Finished {
     loop {
         tokio::select! {
             notice = job.notice() => match notice {
                 Some(notice) => migrate::tell(&notice),
                 None => break,
             },
-            true = interrupted() => {
+            () = interrupts.next() => {
                 eprintln!("ferry: giving up");
                 job.cancel();
             }
         }
     }
     job.finish().await
-}
-
-/// Waits for Ctrl-C, or for a polite kill; false when there is no waiting for them.
-pub(crate) async fn interrupted() -> bool {
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
-        return false;
-    };
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt.is_ok(),
-        terminate = terminate.recv() => terminate.is_some(),
-    }
 }
