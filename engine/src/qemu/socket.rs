@@ -36,7 +36,7 @@ pub(super) struct PrivateSocket {
 impl PrivateSocket {
     /// Makes the folder below `base`, a path in the file system of process `pid`.
     pub(super) fn create(pid: Pid, base: &Path) -> Result<Self, VmmError> {
-        let name = random_name();
+        let name = random_name(pid);
         let theirs = base.join(&name).join(SOCKET);
         if !base.is_absolute() || theirs.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(VmmError::Unfit {
@@ -106,9 +106,10 @@ impl PrivateSocket {
 }
 
 /// A name that nobody else has. It need not be secret: the folder lets nobody in.
-fn random_name() -> String {
+/// Whose it is can be seen, should one ever be left behind.
+fn random_name(pid: Pid) -> String {
     let number = getrandom::u64().unwrap_or_else(|_| std::process::id().into());
-    format!("ferry-{number:016x}")
+    format!("ferry-{pid}-{number:016x}")
 }
 
 /// The user and group as which a process acts on files, from its `status`. The owner of `/proc/PID`
