@@ -5,7 +5,7 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -43,7 +43,8 @@ pub fn ferry_binary() -> Result<PathBuf, TestbedError> {
 pub struct Ferry {
     child: Child,
     stdout: JoinHandle<String>,
-    stderr: JoinHandle<String>,
+    stderr: JoinHandle<()>,
+    told: Arc<Mutex<String>>,
 }
 
 /// How a `ferry` command ended.
@@ -90,20 +91,28 @@ impl Ferry {
             .map_err(TestbedError::io("start ferry"))?;
         let (first, line) = mpsc::channel();
         let stdout = child.stdout.take().expect("stdout is a pipe");
+        // Only where it is a pipe, and not shown.
         let stderr = child.stderr.take();
         let stdout = std::thread::spawn(move || read_telling_first(stdout, &first));
+        let told = Arc::<Mutex<String>>::default();
+        let listener = Arc::clone(&told);
         let stderr = std::thread::spawn(move || {
-            let mut text = String::new();
-            if let Some(mut stderr) = stderr {
-                _ = stderr.read_to_string(&mut text);
+            for line in stderr
+                .into_iter()
+                .flat_map(|pipe| BufReader::new(pipe).lines())
+                .map_while(Result::ok)
+            {
+                let mut told = listener.lock().unwrap_or_else(PoisonError::into_inner);
+                told.push_str(&line);
+                told.push('\n');
             }
-            text
         });
         Ok((
             Self {
                 child,
                 stdout,
                 stderr,
+                told,
             },
             line,
         ))
@@ -111,15 +120,28 @@ impl Ferry {
 
     /// Starts `ferry receive` for `qemu` and waits until it listens; tells where.
     pub fn receive(qemu: &Qemu, more: &[&str]) -> Result<(Self, String), TestbedError> {
-        let socket = qemu.qmp_path();
-        let mut args: Vec<&OsStr> = vec!["receive".as_ref(), "--qmp".as_ref(), socket.as_ref()];
-        args.extend(more.iter().map(OsStr::new));
-        let (ferry, line) = Self::spawn(qemu, args, Stdio::piped())?;
+        let (ferry, line) = Self::start_receive(qemu, more)?;
         let told = line.recv_timeout(LISTEN_BOUND).unwrap_or_default();
         if let Some(uri) = told.trim_end().strip_prefix("Listening on ") {
             return Ok((ferry, uri.to_owned()));
         }
         Err(failed(ferry.wait(LISTEN_BOUND)?.stderr))
+    }
+
+    /// Starts `ferry receive` for a `qemu` that it must refuse, and waits for its end.
+    pub fn refused_receive(qemu: &Qemu, more: &[&str]) -> Result<Ended, TestbedError> {
+        let (ferry, _) = Self::start_receive(qemu, more)?;
+        ferry.wait(LISTEN_BOUND)
+    }
+
+    fn start_receive(
+        qemu: &Qemu,
+        more: &[&str],
+    ) -> Result<(Self, mpsc::Receiver<String>), TestbedError> {
+        let socket = qemu.qmp_path();
+        let mut args: Vec<&OsStr> = vec!["receive".as_ref(), "--qmp".as_ref(), socket.as_ref()];
+        args.extend(more.iter().map(OsStr::new));
+        Self::spawn(qemu, args, Stdio::piped())
     }
 
     /// Starts `ferry migrate` of `qemu` to `uri`.
@@ -155,6 +177,20 @@ impl Ferry {
         self.child.id()
     }
 
+    /// All that it has told so far.
+    pub fn told(&self) -> String {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.clone()
+    }
+
+    /// Waits until it has told `text`.
+    pub fn wait_until_told(&self, text: &str, bound: Duration) -> Result<(), TestbedError> {
+        wait_until(&format!("ferry tells {text:?}"), bound, || {
+            self.told().contains(text).then_some(())
+        })
+        .map_err(|error| failed(format!("{error}: {}", self.told())))
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) -> Result<(), TestbedError> {
         let pid = i32::try_from(self.child.id()).expect("a pid fits in an i32");
@@ -172,12 +208,12 @@ impl Ferry {
             .child
             .wait()
             .map_err(TestbedError::io("wait for ferry"))?;
-        let take = |thread: &mut JoinHandle<String>| {
-            std::mem::replace(thread, std::thread::spawn(String::new))
-                .join()
-                .unwrap_or_default()
-        };
-        let (stdout, stderr) = (take(&mut self.stdout), take(&mut self.stderr));
+        let ended = std::thread::spawn(String::new);
+        let stdout = std::mem::replace(&mut self.stdout, ended);
+        let stdout = stdout.join().unwrap_or_default();
+        let ended = std::thread::spawn(|| ());
+        _ = std::mem::replace(&mut self.stderr, ended).join();
+        let stderr = self.told();
         if killed {
             return Err(failed(format!("it hung: {stdout}{stderr}")));
         }

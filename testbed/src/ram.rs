@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,6 +17,9 @@ use crate::{PAGE_SIZE, TestbedError};
 
 /// Read at once while searching.
 const CHUNK: usize = 256 * PAGE_SIZE;
+
+/// What the kernel counts allocated blocks in.
+const BLOCK_BYTES: u64 = 512;
 
 /// One file of guest RAM, kept open: it can be read also after its QEMU has gone.
 #[derive(Clone, Debug)]
@@ -49,6 +52,31 @@ impl Ram {
     /// Whether it has no bytes at all.
     pub fn is_empty(&self) -> Result<bool, TestbedError> {
         Ok(self.len()? == 0)
+    }
+
+    /// Bytes that are allocated: holes cost nothing.
+    pub fn allocated_bytes(&self) -> Result<u64, TestbedError> {
+        Ok(self.file.metadata().map_err(self.error())?.blocks() * BLOCK_BYTES)
+    }
+
+    /// The offset of the first page that differs from the other's, if one does.
+    pub fn first_difference(&self, other: &Self) -> Result<Option<u64>, TestbedError> {
+        let end = self.len()?;
+        if end != other.len()? {
+            return Ok(Some(end.min(other.len()?)));
+        }
+        let (mut ours, mut theirs) = (vec![0; CHUNK], vec![0; CHUNK]);
+        for at in (0..end).step_by(CHUNK) {
+            let length = usize::try_from(end - at).map_or(CHUNK, |left| left.min(CHUNK));
+            self.read_at(at, &mut ours[..length])?;
+            other.read_at(at, &mut theirs[..length])?;
+            if ours[..length] != theirs[..length] {
+                let pages = ours.chunks(PAGE_SIZE).zip(theirs.chunks(PAGE_SIZE));
+                let same = pages.take_while(|(ours, theirs)| ours == theirs).count();
+                return Ok(Some(at + (same * PAGE_SIZE) as u64));
+            }
+        }
+        Ok(None)
     }
 
     /// Reads bytes at `offset`; holes read as zeros and stay holes.

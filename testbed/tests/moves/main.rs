@@ -1,0 +1,14 @@
+//! Real guests move with the `ferry` command, and their own checks say whether anything was lost.
+//!
+//! What must hold of every move is asserted in one place, [`pair`], so that a test tells only what is
+//! special about it.
+
+mod pair;
+
+mod devices;
+mod giving_up;
+mod happenings;
+mod layouts;
+mod modes;
+mod refusals;
+mod versions;
