@@ -86,6 +86,7 @@ impl Course {
             log: "the guest never went on".into(),
         })?;
         let total = moved_at.saturating_sub(began.duration_since(seen.started));
+        sweep(&arrived)?;
         // The old QEMU ends here; the next move begins at the new one.
         self.here = target;
         self.page = arrived;
@@ -108,6 +109,14 @@ fn progress_on(arrived: &StatusPage) -> Result<(), TestbedError> {
     wait_until("the guest has gone on for a while", BOUND, || {
         let progress = arrived.value(Field::Progress).ok()?;
         (progress > first && began.elapsed() >= AFTERMATH).then_some(())
+    })
+}
+
+/// Waits until the guest has verified every page at the target.
+fn sweep(arrived: &StatusPage) -> Result<(), TestbedError> {
+    let sweeps = arrived.value(Field::Sweeps)?;
+    wait_until("the guest verifies all of its memory", BOUND, || {
+        (arrived.value(Field::Sweeps).ok()? >= sweeps + 2).then_some(())
     })
 }
 

@@ -29,9 +29,9 @@ struct Args {
     /// Leave the target's RAM to be allocated as it is touched
     #[arg(long)]
     on_demand: bool,
-    /// Compare with QEMU's multifd too, over so many channels
-    #[arg(long)]
-    multifd: Option<u8>,
+    /// The ways to compare: ferry, precopy, multifd:CHANNELS
+    #[arg(long, value_delimiter = ',', default_value = "ferry,precopy")]
+    peers: Vec<Peer>,
     /// Write every run to this file, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
@@ -56,16 +56,14 @@ fn compare(args: &Args) -> Result<Comparison, TestbedError> {
         downtime_limit_ms: args.max_downtime,
         preallocated: !args.on_demand,
     };
-    let mut peers = vec![Peer::Ferry, Peer::QemuPrecopy];
-    peers.extend(args.multifd.map(|channels| Peer::QemuMultifd { channels }));
     let named = |peer: &Peer| Series {
         peer: peer.to_string(),
         runs: Vec::new(),
     };
-    let mut series: Vec<Series> = peers.iter().map(named).collect();
+    let mut series: Vec<Series> = args.peers.iter().map(named).collect();
     let mut course = Course::begin(conditions)?;
     for run in 1..=args.runs {
-        for (peer, series) in peers.iter().zip(&mut series) {
+        for (peer, series) in args.peers.iter().zip(&mut series) {
             let measured = course.carry(*peer)?;
             eprintln!(
                 "run {run} of {}, {peer}: total {:.0} ms, blackout {:.1} ms",

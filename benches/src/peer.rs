@@ -1,6 +1,7 @@
 //! The ways to move a guest.
 
 use std::fmt;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use ferry_testbed::{Ferry, Qemu, TestbedError, wait_until};
@@ -32,6 +33,34 @@ impl fmt::Display for Peer {
             Self::Ferry => f.write_str("ferry"),
             Self::QemuPrecopy => f.write_str("QEMU precopy"),
             Self::QemuMultifd { channels } => write!(f, "QEMU multifd {channels}"),
+        }
+    }
+}
+
+/// A text that names no way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownPeer;
+
+impl fmt::Display for UnknownPeer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a way to move is ferry, precopy or multifd:CHANNELS")
+    }
+}
+
+impl std::error::Error for UnknownPeer {}
+
+impl FromStr for Peer {
+    type Err = UnknownPeer;
+
+    fn from_str(text: &str) -> Result<Self, UnknownPeer> {
+        match text.split_once(':') {
+            None if text == "ferry" => Ok(Self::Ferry),
+            None if text == "precopy" => Ok(Self::QemuPrecopy),
+            Some(("multifd", channels)) => {
+                let channels = channels.parse().map_err(|_| UnknownPeer)?;
+                Ok(Self::QemuMultifd { channels })
+            }
+            _ => Err(UnknownPeer),
         }
     }
 }
