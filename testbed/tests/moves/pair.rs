@@ -412,7 +412,7 @@ fn assert_plausible(json: &Value, page: Option<&StatusPage>) {
     let state = wire
         .checked_sub(sum("bytes"))
         .unwrap_or_else(|| panic!("{json}"));
-    // At least registers; at most what is not RAM, video memory included.
+    // At least registers; at most what is not guest RAM, video memory included.
     assert!((10_000..40 << 20).contains(&state), "{state}: {json}");
     assert_eq!(json["pages_zero"], sum("pages_zero"), "{json}");
     if let Some(page) = page {
