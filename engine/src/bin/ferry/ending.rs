@@ -7,6 +7,7 @@ use std::time::Duration;
 use ferry_engine::Finished;
 use ferry_engine::core::message::{GuestLeft, Outcome, Reason};
 use ferry_engine::core::meter::{Report, RoundReport};
+use ferry_engine::core::outcome::in_full;
 use ferry_engine::qemu::Problem;
 use serde::Serialize;
 
@@ -46,8 +47,28 @@ impl Refusal {
     }
 
     pub(crate) fn of(error: &dyn Error) -> Self {
-        Self::because(chain(error))
+        Self::because(in_full(error))
     }
+}
+
+/// The arguments cannot be understood, or only help was asked for.
+pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+    // A standard error that is closed has no reader to miss it.
+    _ = error.print();
+    if !error.use_stderr() {
+        return ExitCode::SUCCESS;
+    }
+    // Whoever asked for JSON reads that alone; where in the line the mistake is does not matter.
+    if std::env::args_os().any(|arg| arg == "--json") {
+        let text = error.render().to_string();
+        let first = text.split("\n\n").next().unwrap_or_default();
+        let words: Vec<&str> = first
+            .trim_start_matches("error: ")
+            .split_whitespace()
+            .collect();
+        print_json(&Json::refused(words.join(" "), Vec::new()));
+    }
+    ExitCode::from(REFUSED)
 }
 
 /// What `--json` prints.
@@ -62,6 +83,18 @@ struct Json {
     problems: Vec<JsonProblem>,
     #[serde(flatten)]
     figures: Option<Figures>,
+}
+
+impl Json {
+    fn refused(reason: String, problems: Vec<JsonProblem>) -> Self {
+        Self {
+            outcome: "kept",
+            reason: Some(reason),
+            guest: Some(guest_word(&GuestLeft::Untouched)),
+            problems,
+            figures: None,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -149,13 +182,7 @@ impl Teller {
                 found: problem.found.clone(),
                 remedy: problem.remedy.clone(),
             });
-            print_json(&Json {
-                outcome: "kept",
-                reason: Some(refusal.reason),
-                guest: Some("untouched"),
-                problems: problems.collect(),
-                figures: None,
-            });
+            print_json(&Json::refused(refusal.reason, problems.collect()));
         }
         ExitCode::from(refusal.code)
     }
@@ -260,29 +287,14 @@ fn guest_sentence(guest: &GuestLeft) -> String {
         GuestLeft::Damaged(failure) => {
             format!(
                 "The source could not be put back altogether: {}",
-                chain(failure)
+                in_full(failure)
             )
         }
     }
 }
 
 fn words(reason: &Reason) -> String {
-    chain(reason)
-}
-
-/// An error with its causes, in one line, none said twice.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = error.source();
-    }
-    text
+    in_full(reason)
 }
 
 fn print_json(json: &Json) {

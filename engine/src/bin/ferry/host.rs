@@ -1,11 +1,16 @@
 //! What both commands need of the host: addresses that are allowed, and where journals are.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
 
+use ferry_engine::core::outcome::in_full;
 use ferry_engine::job::JournalPlace;
 use ferry_engine::linux::Process;
 use ferry_engine::qemu::{Options, Problem, Qemu, Side};
+use ferry_engine::vmm::VmmError;
+use ferry_qmp::Address;
 use nix::unistd::Uid;
 
 use crate::args::Common;
@@ -29,10 +34,10 @@ pub(crate) async fn resolve(authority: &str, common: &Common) -> Result<SocketAd
 }
 
 /// Attaches, and checks everything that must hold before anything is changed.
-pub(crate) async fn attach(address: &ferry_qmp::Address, side: Side) -> Result<Qemu, Refusal> {
+pub(crate) async fn attach(address: &Address, side: Side) -> Result<Qemu, Refusal> {
     let qemu = Qemu::attach(address, &Options::default())
         .await
-        .map_err(|error| Refusal::of(&error))?;
+        .map_err(|error| not_attached(address, &error))?;
     let problems = qemu
         .problems(side)
         .await
@@ -41,6 +46,37 @@ pub(crate) async fn attach(address: &ferry_qmp::Address, side: Side) -> Result<Q
         Ok(qemu)
     } else {
         Err(refuse(side, problems))
+    }
+}
+
+/// Says also what to do where the socket is the trouble.
+fn not_attached(address: &Address, error: &VmmError) -> Refusal {
+    let mut reason = in_full(error);
+    if let Some(remedy) = socket_remedy(address, error) {
+        reason = format!("{reason}; {remedy}");
+    }
+    Refusal::because(reason)
+}
+
+fn socket_remedy(address: &Address, error: &VmmError) -> Option<&'static str> {
+    const SERVE: &str = "start QEMU with -qmp unix:PATH,server=on,wait=off and give that PATH";
+    let VmmError::Failed { source, .. } = error else {
+        return None;
+    };
+    let source = match source.downcast_ref::<ferry_qmp::Error>()? {
+        ferry_qmp::Error::Connect { source, .. } => source,
+        ferry_qmp::Error::NotQmp { .. } | ferry_qmp::Error::Closed { .. } => return Some(SERVE),
+        _ => return None,
+    };
+    let is_socket = match address {
+        Address::Unix(path) => std::fs::metadata(path).map(|found| found.file_type().is_socket()),
+        Address::Tcp(_) => Ok(true),
+    };
+    match (is_socket, source.kind()) {
+        (Ok(false), _) => Some("that is no socket: give the path of QEMU's -qmp socket"),
+        (_, ErrorKind::ConnectionRefused) => Some("nobody listens there: has its QEMU ended?"),
+        (_, ErrorKind::NotFound) => Some(SERVE),
+        _ => None,
     }
 }
 
