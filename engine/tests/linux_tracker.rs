@@ -222,7 +222,8 @@ fn leaves_the_descriptors_as_they_were() {
     for _ in 0..3 {
         tracker.start().unwrap();
         tracker.start().unwrap();
-        assert_eq!(child.descriptors().len(), before.len() + 1);
+        // Not even meanwhile: a descriptor in there would outlive an engine that is killed.
+        assert_eq!(child.descriptors(), before);
         write(&mut child, &BTreeSet::from([1]));
         assert_eq!(collect(&mut tracker, Rearm::Yes), BTreeSet::from([1]));
         tracker.stop().unwrap();

@@ -3,8 +3,9 @@
 //! A userfaultfd is made inside the process, taken out of it, and registered on guest RAM with
 //! asynchronous write-protection: the kernel lifts the protection of a page at its first write and
 //! goes on, and what is unprotected is what was written. From then on the process is only looked at.
-//! When the last descriptor is closed the kernel ends the tracking, so not even our death leaves the
-//! guest with more than a few microseconds of page faults.
+//! The one descriptor is ours: the process's own is closed as soon as it was taken out. When ours is
+//! closed the kernel ends the tracking, so not even our death leaves the guest with more than a few
+//! microseconds of page faults.
 //!
 //! Not seen are writes that do not go through this process's page tables: those of other processes
 //! that share the memory, and of devices into pages that were pinned before they were protected. The
@@ -119,10 +120,9 @@ impl Tracker for RamTracker {
     }
 
     fn stop(&mut self) -> Result<(), VmmError> {
-        match self.watch.take() {
-            Some(watch) => Ok(watch.end(&self.ranges)?),
-            None => Ok(()),
-        }
+        // Closing the descriptor ends it all.
+        drop(self.watch.take());
+        Ok(())
     }
 }
 
@@ -134,10 +134,10 @@ impl Drop for RamTracker {
     }
 }
 
-/// A userfaultfd inside the process, our duplicate of it, and the process's page map.
+/// A userfaultfd on the process's memory, and its page map.
 #[derive(Debug)]
 struct Watch {
-    remote: RemoteUffd,
+    process: Arc<Process>,
     uffd: Uffd,
     pagemap: Pagemap,
 }
@@ -145,10 +145,12 @@ struct Watch {
 impl Watch {
     fn new(process: Arc<Process>) -> Result<Self, Error> {
         let pagemap = Pagemap::open(&process)?;
-        let remote = RemoteUffd::new(process)?;
-        let uffd = Uffd::from_fd(remote.process.take_fd(remote.fd)?);
+        let mut remote = RemoteUffd::new(Arc::clone(&process))?;
+        let uffd = Uffd::from_fd(process.take_fd(remote.fd)?);
+        // Its calls act on the memory that it was made in, whoever makes them: ours is enough.
+        remote.close()?;
         Ok(Self {
-            remote,
+            process,
             uffd,
             pagemap,
         })
@@ -170,7 +172,7 @@ impl Watch {
         };
         // The memory of a process that has ended is empty. Some kernels call that an error, others
         // find nothing written in it.
-        self.remote.process.check_alive()?;
+        self.process.check_alive()?;
         scanned
     }
 
@@ -204,7 +206,7 @@ impl Watch {
     /// when a part of it is to be protected, and makes no new huge mapping while it is tracked. KVM's
     /// own dirty log does the same. Pages of hugetlbfs cannot be split.
     fn split_huge_pages(&self, ranges: &[TrackedRange]) -> Result<(), Error> {
-        let process = &self.remote.process;
+        let process = &self.process;
         let mappings = maps::runs(maps::of_process(process)?);
         for TrackedRange { addresses, .. } in ranges {
             let mapping = mappings
@@ -225,21 +227,6 @@ impl Watch {
             }
         }
         Ok(())
-    }
-
-    fn end(self, ranges: &[TrackedRange]) -> Result<(), Error> {
-        let Self {
-            mut remote, uffd, ..
-        } = self;
-        // Should the process not let itself be stopped now, it keeps an idle descriptor at worst.
-        for range in ranges {
-            if let Err(error) = uffd.unregister(&range.addresses) {
-                // Memory that was unmapped cannot be unregistered, and needs not be.
-                tracing::debug!(%error, region = %range.region, "a range was not unregistered");
-            }
-        }
-        drop(uffd);
-        remote.close()
     }
 }
 
