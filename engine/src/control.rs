@@ -85,11 +85,16 @@ impl Control {
         self.outgoing.clone()
     }
 
-    /// Ends the lane, after what was sent has left or `patience` is over.
-    pub(crate) async fn finish(self, patience: Duration) {
+    /// Waits, no longer than `patience`, until what was sent has left. Borrows nothing.
+    pub(crate) fn flushed(&self, patience: Duration) -> impl Future<Output = ()> + Send + use<> {
         let (done, flushed) = oneshot::channel();
         drop(self.outgoing.send(Outgoing::Flushed(done)));
-        drop(timeout(patience, flushed).await);
+        async move { drop(timeout(patience, flushed).await) }
+    }
+
+    /// Ends the lane, after what was sent has left or `patience` is over.
+    pub(crate) async fn finish(self, patience: Duration) {
+        self.flushed(patience).await;
         self.reader.abort();
         self.writer.abort();
     }

@@ -70,7 +70,8 @@ pub enum JournalError {
     /// An earlier migration was not resolved.
     #[error(
         "the guest was given away by an earlier migration, session {session} to {peer}, and must \
-         not be moved or resumed from here before that is resolved (journal {})", path.display()
+         not be moved or resumed from here before somebody has made sure that it does not run there: \
+         then remove the journal {}", path.display()
     )]
     InDoubt {
         /// The journal.

@@ -190,13 +190,22 @@ impl Driver {
                 self.vm
                     .order(Step::Retire, |vm| vm.guest.quit().map(|()| Input::Quit));
             }
-            Action::CloseLanes => self.receivers.close(),
+            Action::CloseLanes => self.close_lanes().await,
             Action::Answer { to, verdict } => self.answer(to, verdict).await,
             Action::Journal(record) => self.write_journal(record),
             Action::Tell(notice) => drop(self.notices.send(notice)),
             // The other orders are a source's; the target's machine never gives them.
             other => tracing::error!(?other, "an order that no target has"),
         }
+    }
+
+    /// Closes the page lanes once the words before it have left: the source would see them end and
+    /// not read why.
+    async fn close_lanes(&mut self) {
+        if let Some(control) = &self.control {
+            control.flushed(PARTING).await;
+        }
+        self.receivers.close();
     }
 
     fn prepare(&self) {

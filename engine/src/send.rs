@@ -235,15 +235,24 @@ impl Driver {
             Action::StopTracking => self.tracker.order(Step::StopTracking, |side| {
                 side.tracker.stop().map(|()| Input::TrackingStopped)
             }),
-            Action::CloseLanes => {
-                self.outfit.pacer.close();
-                lock(&self.senders).close();
-            }
+            Action::CloseLanes => self.close_lanes(),
             Action::Journal(record) => order_journal(&self.journal, record),
             Action::Tell(notice) => drop(self.notices.send(notice)),
             // The other orders are a target's; the source's machine never gives them.
             other => tracing::error!(?other, "an order that no source has"),
         }
+    }
+
+    /// Closes the page lanes once the words before it have left: the target would see them end and
+    /// not read why.
+    fn close_lanes(&self) {
+        self.outfit.pacer.close();
+        let flushed = self.control.flushed(PARTING);
+        let senders = Arc::clone(&self.senders);
+        tokio::spawn(async move {
+            flushed.await;
+            lock(&senders).close();
+        });
     }
 
     fn open_lanes(&self, lanes: u16) {

@@ -2,10 +2,11 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_stream::message::{AbortCode, Round};
+use ferry_stream::message::{AbortCode, Message, Round};
 
 use crate::core::layout::LayoutDifference;
 use crate::vmm::RunState;
@@ -164,6 +165,12 @@ pub enum Reason {
         /// How that showed.
         what: String,
     },
+    /// Whatever was reached did not answer as a target does.
+    #[error("no ferry answered there: {what}; is `ferry receive` what listens at that address?")]
+    NoFerry {
+        /// How that showed.
+        what: String,
+    },
     /// The peer gave up.
     #[error("the peer gave up ({code:?}): {text}")]
     PeerAborted {
@@ -226,6 +233,12 @@ pub enum Reason {
         /// How that showed.
         what: String,
     },
+    /// Target: the VMM that the guest was to go to is gone.
+    #[error("the target's VMM is gone: {what}")]
+    TargetGone {
+        /// How that showed.
+        what: String,
+    },
     /// The guest turned itself off.
     #[error("the guest shut down during the move")]
     GuestShutDown,
@@ -285,14 +298,37 @@ pub enum Reason {
     Failed(Failure),
 }
 
+/// An error with its causes, in one line, none said twice.
+pub fn in_full(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
+}
+
 fn list(differences: &[LayoutDifference]) -> String {
     let lines: Vec<String> = differences.iter().map(ToString::to_string).collect();
     lines.join("; ")
 }
 
 impl Reason {
+    /// What a peer is told: it has only these words, so the causes are among them.
+    pub fn abort(&self) -> Message {
+        Message::Abort {
+            code: self.abort_code(),
+            text: in_full(self),
+        }
+    }
+
     /// The code that tells a peer.
-    pub fn abort_code(&self) -> AbortCode {
+    fn abort_code(&self) -> AbortCode {
         match self {
             Self::Cancelled => AbortCode::Cancelled,
             Self::Protocol { .. } | Self::Miscounted { .. } | Self::BadLayout(_) => {
@@ -301,14 +337,36 @@ impl Reason {
             Self::Version { .. } => AbortCode::Version,
             Self::Machine { .. } => AbortCode::Machine,
             Self::Layout(_) | Self::InventoryChanged { .. } => AbortCode::Layout,
-            Self::GuestGone { .. } | Self::GuestShutDown | Self::GuestPanicked => {
-                AbortCode::GuestGone
-            }
+            Self::GuestGone { .. }
+            | Self::TargetGone { .. }
+            | Self::GuestShutDown
+            | Self::GuestPanicked => AbortCode::GuestGone,
             Self::TimedOut { .. } => AbortCode::Timeout,
-            Self::LinkLost { .. } | Self::PeerAborted { .. } => AbortCode::Internal,
+            Self::LinkLost { .. } | Self::PeerAborted { .. } | Self::NoFerry { .. } => {
+                AbortCode::Internal
+            }
+            Self::Failed(failure) => cause_code(&*failure.source),
             _ => AbortCode::Vmm,
         }
     }
+}
+
+/// The code of a failure, by whatever caused it in the end.
+fn cause_code(failure: &(dyn StdError + 'static)) -> AbortCode {
+    let mut cause = Some(failure);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<ferry_stream::Error>() {
+            return error.abort_code();
+        }
+        let full = error
+            .downcast_ref::<io::Error>()
+            .is_some_and(|error| error.kind() == io::ErrorKind::StorageFull);
+        if full {
+            return AbortCode::Memory;
+        }
+        cause = error.source();
+    }
+    AbortCode::Vmm
 }
 
 /// What a machine is doing, for people and reports.

@@ -10,8 +10,8 @@ use ferry_stream::link::Lane;
 use ferry_stream::message::LaneIndex;
 use ferry_stream::pages::{Encoding, Record};
 
-use super::Closers;
-use super::send::{PanicWatch, chain};
+use super::send::PanicWatch;
+use super::{Closers, tell_lost};
 use crate::core::layout::{PageRange, RegionIndex};
 use crate::core::message::{Failure, Input, Step};
 use crate::vmm::{Ram, VmmError};
@@ -101,8 +101,7 @@ impl Receiver {
                 Ok(Some(fact)) => self.facts.tell(fact),
                 Ok(None) => {}
                 Err(error) => {
-                    self.facts.tell(self.broken(error));
-                    return;
+                    return self.tell_broken(error);
                 }
             }
         }
@@ -123,15 +122,17 @@ impl Receiver {
         }
     }
 
-    fn broken(&self, error: PlaceError) -> Input {
-        match error {
+    fn tell_broken(&self, error: PlaceError) {
+        let failure = match error {
             PlaceError::Wire(
                 error @ (ferry_stream::Error::Io { .. } | ferry_stream::Error::Truncated { .. }),
-            ) => Input::LinkLost {
-                what: format!("page {}: {}", self.index, chain(&error)),
-            },
-            error => Input::Failed(Failure::new(Step::Pages, error)),
-        }
+            ) => return tell_lost(&self.facts, self.index, &error),
+            // Each as it is, so that the peer can be told by a code what went wrong.
+            PlaceError::Wire(error) => Failure::new(Step::Pages, error),
+            PlaceError::Vmm(error) => Failure::new(Step::Pages, error),
+            error @ PlaceError::OutsideRam { .. } => Failure::new(Step::Pages, error),
+        };
+        self.facts.tell(Input::Failed(failure));
     }
 }
 

@@ -14,7 +14,7 @@ use ferry_stream::link::Lane;
 use ferry_stream::message::{LaneIndex, Round};
 use ferry_stream::pages::{PageFrame, PageRun, Zeros};
 
-use super::Closers;
+use super::{Closers, tell_lost};
 use crate::core::layout::{PageRange, RegionIndex};
 use crate::core::message::{Failure, Input, LaneTotals, Step, ZeroPages};
 use crate::core::pageset::{Cursor, PageSet};
@@ -184,12 +184,12 @@ impl Sender {
         let mut runs = Vec::with_capacity(CHUNK_RUNS);
         for queue in rounds {
             if let Err(broken) = self.round(&queue, &mut runs) {
-                facts.tell(match broken {
-                    Broken::Vmm(error) => Input::Failed(Failure::new(Step::Pages, error)),
-                    Broken::Wire(error) => Input::LinkLost {
-                        what: format!("page {}: {}", self.index, chain(&error)),
-                    },
-                });
+                match broken {
+                    Broken::Vmm(error) => {
+                        facts.tell(Input::Failed(Failure::new(Step::Pages, error)));
+                    }
+                    Broken::Wire(error) => tell_lost(&facts, self.index, &error),
+                }
                 return;
             }
         }

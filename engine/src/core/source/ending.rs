@@ -87,10 +87,7 @@ impl Shared {
     pub(super) fn undo(&mut self, reason: Reason) -> State {
         self.unbound();
         self.timeout = None;
-        self.send(Message::Abort {
-            code: reason.abort_code(),
-            text: reason.to_string(),
-        });
+        self.send(reason.abort());
         self.link = Link::Down;
         self.actions.push_back(Action::Undo { guest: self.wanted });
         self.actions.push_back(Action::CloseLanes);

@@ -231,7 +231,7 @@ impl State {
     /// the target's word counts.
     fn trouble(self, shared: &mut Shared, reason: Reason) -> Self {
         match self {
-            Self::Greeting => shared.refuse(reason),
+            Self::Greeting => shared.refuse(no_ferry(reason)),
             Self::Giving(giving) => giving.trouble(shared, reason),
             Self::Given(given) => given.trouble(shared, reason),
             Self::Asking(asking) => asking.trouble(shared, &reason),
@@ -267,6 +267,17 @@ impl State {
             self,
             Self::Stopping(_) | Self::Draining(_) | Self::Offering(_) | Self::Giving(_)
         )
+    }
+}
+
+/// Before its welcome a peer that cannot be understood, is silent or goes away may be anything.
+fn no_ferry(reason: Reason) -> Reason {
+    match reason {
+        Reason::LinkLost { what } => Reason::NoFerry { what },
+        Reason::TimedOut { limit_ms, .. } => Reason::NoFerry {
+            what: format!("it said nothing for {limit_ms} ms"),
+        },
+        reason => reason,
     }
 }
 
@@ -444,10 +455,7 @@ impl Shared {
 
     /// The peer would not have it, or could not be understood: nothing has been changed yet.
     fn refuse(&mut self, reason: Reason) -> State {
-        self.send(Message::Abort {
-            code: reason.abort_code(),
-            text: reason.to_string(),
-        });
+        self.send(reason.abort());
         self.finish(Outcome::Kept {
             reason,
             guest: GuestLeft::Untouched,

@@ -196,4 +196,4 @@ pub(super) const BEFORE_GO: [Phase; 4] = [
     Phase::Offered,
 ];
 
-pub(super) const REFUSAL: [&str; 3] = ["journal Refused", "CloseLanes", "Quit"];
+pub(super) const REFUSAL: [&str; 2] = ["journal Refused", "Quit"];

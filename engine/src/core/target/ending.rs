@@ -3,12 +3,13 @@
 
 use std::mem;
 
-use ferry_stream::message::{AbortCode, Message, Run, Verdict};
+use ferry_stream::message::{Message, Run, Verdict};
 
 use super::{MAX_INQUIRERS, Peer, Shared, State};
 use crate::core::message::{
     Action, Failure, GuestLeft, Input, Inquirer, MayHaveRun, Notice, Outcome, Reason, Record, Step,
 };
+use crate::core::outcome::in_full;
 
 /// "Taken" is being written.
 pub(super) struct Taking {
@@ -32,7 +33,7 @@ impl Taking {
     /// ran the guest is one to give it back.
     pub(super) fn trouble(self, shared: &mut Shared, reason: Reason) -> State {
         match (&reason, self.ran) {
-            (Reason::GuestGone { .. }, MayHaveRun::No) => shared.give_back(reason),
+            (Reason::TargetGone { .. }, MayHaveRun::No) => shared.give_back(reason),
             (Reason::ForeignResume, _) => State::Taking(Self {
                 ran: MayHaveRun::Perhaps,
                 ..self
@@ -68,10 +69,7 @@ impl Shared {
             MayHaveRun::No => self.give_back(reason),
             // Nobody may answer for a guest that perhaps ran: a person looks.
             MayHaveRun::Perhaps => {
-                self.send(Message::Abort {
-                    code: AbortCode::Vmm,
-                    text: reason.to_string(),
-                });
+                self.send(reason.abort());
                 self.finish(Outcome::InDoubt { reason })
             }
         }
@@ -80,7 +78,7 @@ impl Shared {
     /// Once the guest runs here, nothing can end that; what happens to it is its own affair.
     pub(super) fn taken_trouble(&mut self, reason: &Reason) -> State {
         match reason {
-            Reason::GuestGone { .. } => self.tell(Notice::Leftover(reason.to_string())),
+            Reason::TargetGone { .. } => self.tell(Notice::Leftover(reason.to_string())),
             Reason::Failed(failure) => self.tell_leftover(failure),
             _ => {}
         }
@@ -121,7 +119,6 @@ impl Shared {
     pub(super) fn refuse(&mut self, reason: Reason, parting: Parting) -> State {
         self.deadline = None;
         self.journal(Record::Refused);
-        self.actions.push_back(Action::CloseLanes);
         self.actions.push_back(Action::Quit);
         State::Refusing(Refusing {
             reason,
@@ -196,10 +193,9 @@ impl Refusing {
         match input {
             Input::Journaled(Record::Refused) if self.record == Written::Pending => {
                 self.record = Written::Durably;
-                shared.send(Message::Abort {
-                    code: self.reason.abort_code(),
-                    text: self.reason.to_string(),
-                });
+                // In this order, or the source would see its lanes close and not read why.
+                shared.send(self.reason.abort());
+                shared.actions.push_back(Action::CloseLanes);
                 shared.answer_all(Verdict::Refused);
             }
             Input::Quit => self.quit = true,
@@ -230,6 +226,7 @@ impl Refusing {
         shared.tell_leftover(failure);
         self.record = Written::Not;
         self.parting = Parting::Done;
+        shared.actions.push_back(Action::CloseLanes);
         self.advance(shared)
     }
 
@@ -277,7 +274,7 @@ impl Returning {
     fn told(&self, shared: &mut Shared) {
         shared.bound(shared.config.limits.linger);
         shared.send(Message::Returned {
-            reason: self.reason.to_string(),
+            reason: in_full(&self.reason),
         });
         shared.answer_all(Verdict::Returned);
     }

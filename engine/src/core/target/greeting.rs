@@ -63,10 +63,7 @@ impl Shared {
 
     /// Not a source that can be served: nothing was changed here.
     pub(super) fn turn_away(&mut self, reason: Reason) -> State {
-        self.send(Message::Abort {
-            code: reason.abort_code(),
-            text: reason.to_string(),
-        });
+        self.send(reason.abort());
         self.finish(Outcome::Kept {
             reason,
             guest: GuestLeft::Untouched,

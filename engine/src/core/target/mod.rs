@@ -309,7 +309,7 @@ impl Shared {
     /// Before Go nobody may touch the guest here; afterwards it is its owner's to do with.
     fn guest_event(&mut self, state: State, event: GuestEvent) -> State {
         let reason = match event {
-            GuestEvent::Gone { what } => Reason::GuestGone { what },
+            GuestEvent::Gone { what } => Reason::TargetGone { what },
             GuestEvent::ForeignResume => Reason::ForeignResume,
             GuestEvent::ShutDown => Reason::GuestShutDown,
             GuestEvent::Panicked => Reason::GuestPanicked,

@@ -51,7 +51,7 @@ fn trouble_before_go_refuses_and_the_journal_says_so_first() {
             assert_eq!(bench.tell(trouble), REFUSAL, "{told}");
             assert_eq!(
                 bench.tell(Input::Journaled(Record::Refused)),
-                ["send Abort"],
+                ["send Abort", "CloseLanes"],
                 "{told}"
             );
         }
@@ -64,7 +64,7 @@ fn a_refusal_is_over_when_the_journal_is_written_and_the_vmm_ended() {
     bench.tell(lost());
     assert_eq!(bench.tell(Input::Quit), [""; 0]);
     let orders = bench.tell(Input::Journaled(Record::Refused));
-    assert_eq!(orders, ["send Abort", "finish ended"]);
+    assert_eq!(orders, ["send Abort", "CloseLanes", "finish ended"]);
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn a_question_before_go_refuses_and_is_answered_from_the_journal() {
         let mut bench = Bench::at(phase);
         assert_eq!(bench.tell(Input::Inquired(Inquirer(1))), REFUSAL);
         let orders = bench.tell(Input::Journaled(Record::Refused));
-        assert_eq!(orders, ["send Abort", "answer 1: Refused"]);
+        assert_eq!(orders, ["send Abort", "CloseLanes", "answer 1: Refused"]);
     }
 }
 
@@ -103,7 +103,7 @@ fn a_question_before_go_refuses_and_is_answered_from_the_journal() {
 fn a_refusal_that_cannot_be_written_answers_nobody() {
     let mut bench = Bench::at(Phase::Offered);
     bench.tell(Input::Inquired(Inquirer(1)));
-    assert_eq!(bench.tell(failure(Step::Journal)), ["tell"]);
+    assert_eq!(bench.tell(failure(Step::Journal)), ["tell", "CloseLanes"]);
     assert_eq!(bench.tell(Input::Quit), ["finish ended"]);
 }
 
@@ -119,7 +119,7 @@ fn an_earlier_record_that_fails_late_is_not_the_refusal() {
         "that was Receiving"
     );
     let orders = bench.tell(Input::Journaled(Record::Refused));
-    assert_eq!(orders, ["send Abort", "finish ended"]);
+    assert_eq!(orders, ["send Abort", "CloseLanes", "finish ended"]);
 }
 
 #[test]
