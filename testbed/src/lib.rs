@@ -7,6 +7,7 @@
 //! | a bare-metal guest that dirties exactly the pages it is told to | [`tiny`] |
 //! | two hosts and a wire of known speed, which can be cut | [`Link`] |
 //! | both machines of the core in a world of numbers, under a seed | [`sim`] |
+//! | a link that is cut, held or damaged at a frame | [`proxy`] |
 //! | what the guest saw of a migration: blackout and brown-out | [`Probe`] |
 //!
 //! The QEMUs and the guest's kernel are unpacked by `testbed/setup`, once, into
@@ -26,6 +27,7 @@ mod linux;
 mod machine;
 mod monitor;
 mod probe;
+pub mod proxy;
 mod qemu;
 mod ram;
 pub mod sim;
