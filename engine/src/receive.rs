@@ -147,7 +147,10 @@ impl Driver {
 
     async fn take(&mut self, event: Event) {
         match event {
-            Event::Fact(at, input) => self.machine.handle(at, input),
+            Event::Fact(at, input) => {
+                tracing::debug!(at = ?at.0, ?input, phase = ?self.machine.phase(), "fact");
+                self.machine.handle(at, input);
+            }
             Event::Arrival(arrival) => self.arrived(*arrival).await,
             Event::Command(command) => {
                 self.machine
@@ -158,6 +161,7 @@ impl Driver {
     }
 
     async fn carry_out(&mut self, action: Action) {
+        tracing::debug!(?action, phase = ?self.machine.phase(), "order");
         match action {
             Action::Send(message) => {
                 if let Some(control) = &self.control {

@@ -182,7 +182,10 @@ impl Driver {
 
     fn take(&mut self, event: Event) {
         match event {
-            Event::Fact(at, input) => self.machine.handle(at, input),
+            Event::Fact(at, input) => {
+                tracing::debug!(at = ?at.0, ?input, phase = ?self.machine.phase(), "fact");
+                self.machine.handle(at, input);
+            }
             Event::Command(command) => {
                 self.machine
                     .handle(self.clock.now(), Input::Command(command));
@@ -196,6 +199,7 @@ impl Driver {
     }
 
     fn carry_out(&mut self, action: Action) {
+        tracing::debug!(?action, phase = ?self.machine.phase(), "order");
         match action {
             Action::Send(message) => self.control.send(message),
             Action::OpenLanes { lanes } => self.open_lanes(lanes),
