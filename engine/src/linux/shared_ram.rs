@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::ops::Range;
+use std::sync::OnceLock;
 use std::thread;
 
 use super::mapping::GuestMapping;
@@ -79,8 +80,12 @@ struct Backing {
     name: String,
     file: RamFile,
     bytes: Range<u64>,
-    /// For writing to hugetlbfs, which knows no `write`.
+    /// At the target: for receiving without a copy in between, and for writing to hugetlbfs, which
+    /// knows no `write`.
     mapping: Option<GuestMapping>,
+    /// What the mapping has present: data that the file held when it was blanked. The rest is
+    /// allocated by writing, which fails in an orderly way when there is no room.
+    present: OnceLock<Vec<Range<u64>>>,
 }
 
 /// Guest RAM in shared files.
@@ -165,6 +170,7 @@ impl Ram for SharedRam {
         for backing in &self.backings {
             let outcome = in_pieces(&backing.bytes, |bytes| backing.blank(bytes));
             outcome.map_err(|error| backing.failure("clearing", error))?;
+            backing.make_present();
         }
         Ok(())
     }
@@ -184,6 +190,13 @@ impl Ram for SharedRam {
     ) -> Result<crc32fast::Hasher, VmmError> {
         let (backing, bytes) = self.place(region, range, None)?;
         let mut hasher = seed;
+        if let Some(mapping) = backing.present_at(&bytes) {
+            let within = bytes.start - backing.bytes.start..bytes.end - backing.bytes.start;
+            let outcome = mapping.receive(within, from, &mut hasher);
+            return outcome
+                .map(|()| hasher)
+                .map_err(|error| VmmError::io("reading pages", error));
+        }
         let outcome = in_chunks(bytes, |offset, chunk| {
             from.read_exact(chunk).map_err(ReceiveError::Stream)?;
             hasher.update(chunk);
@@ -213,8 +226,8 @@ impl Backing {
     fn new(part: RamPart, access: Access) -> Result<Self, RamError> {
         let RamPart { name, file, bytes } = part;
         let mapping = match access {
-            Access::ReadWrite if file.is_hugetlb() => GuestMapping::new(&file, &bytes).map(Some),
-            Access::ReadWrite | Access::Read => Ok(None),
+            Access::ReadWrite => GuestMapping::new(&file, &bytes).map(Some),
+            Access::Read => Ok(None),
         };
         match mapping {
             Ok(mapping) => Ok(Self {
@@ -222,13 +235,47 @@ impl Backing {
                 file,
                 bytes,
                 mapping,
+                present: OnceLock::new(),
             }),
             Err(source) => Err(RamError::Map { name, source }),
         }
     }
 
+    /// The mapping, when it has all of `bytes` present.
+    fn present_at(&self, bytes: &Range<u64>) -> Option<&GuestMapping> {
+        let extents = self.present.get()?;
+        let next = extents.partition_point(|extent| extent.end <= bytes.start);
+        let extent = extents.get(next)?;
+        let whole = extent.start <= bytes.start && bytes.end <= extent.end;
+        self.mapping.as_ref().filter(|_| whole)
+    }
+
+    /// Maps what the file holds, so that nobody waits for that when pages come. Without it everything
+    /// still works, so it is not worth an error.
+    fn make_present(&self) {
+        let Some(mapping) = self.mapping.as_ref().filter(|_| !self.file.is_hugetlb()) else {
+            return;
+        };
+        let mut extents = Vec::new();
+        let listed = self.file.data_extents(self.bytes.clone(), |extent| {
+            extents.push(extent);
+            Ok(())
+        });
+        let made = listed.and_then(|()| {
+            extents.iter().try_for_each(|extent| {
+                in_pieces(extent, |piece| {
+                    let start = self.bytes.start;
+                    mapping.make_present(piece.start - start..piece.end - start)
+                })
+            })
+        });
+        if made.is_ok() {
+            _ = self.present.set(extents);
+        }
+    }
+
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
-        match &self.mapping {
+        match self.mapping.as_ref().filter(|_| self.file.is_hugetlb()) {
             Some(mapping) => mapping.write(offset - self.bytes.start, from),
             None => self.file.write(offset, from),
         }
