@@ -35,6 +35,8 @@ struct Bucket {
     rate: Bandwidth,
     /// When everything paid for so far has been sent at the rate.
     paid_until: Instant,
+    /// How often the rate was changed.
+    changes: u64,
     closed: bool,
 }
 
@@ -43,6 +45,7 @@ impl Pacer {
         let state = Bucket {
             rate,
             paid_until: Instant::now(),
+            changes: 0,
             closed: false,
         };
         Self {
@@ -51,10 +54,11 @@ impl Pacer {
         }
     }
 
-    /// Changes the rate; what was paid for stays paid.
+    /// Changes the rate. Whoever sleeps off a debt at the old one, which may be for hours, goes now.
     pub(crate) fn set(&self, rate: Bandwidth) {
         let mut bucket = self.lock();
         bucket.rate = rate;
+        bucket.changes += 1;
         bucket.paid_until = bucket.paid_until.min(Instant::now());
         self.changed.notify_all();
     }
@@ -71,7 +75,8 @@ impl Pacer {
         let now = Instant::now();
         let due = bucket.paid_until.max(now.checked_sub(BURST).unwrap_or(now));
         bucket.paid_until = due + bucket.rate.time_for(bytes);
-        while let Some(wait) = bucket.wait(due) {
+        let changes = bucket.changes;
+        while let Some(wait) = bucket.wait(due, changes) {
             let (guard, _) = self
                 .changed
                 .wait_timeout(bucket, wait)
@@ -86,9 +91,9 @@ impl Pacer {
 }
 
 impl Bucket {
-    /// How long a sender whose turn is at `due` still waits.
-    fn wait(&self, due: Instant) -> Option<Duration> {
-        if self.closed || self.rate == Bandwidth::Unlimited {
+    /// How long a sender still waits whose turn is at `due` by the rate after `changes` changes.
+    fn wait(&self, due: Instant, changes: u64) -> Option<Duration> {
+        if self.closed || self.rate == Bandwidth::Unlimited || self.changes != changes {
             return None;
         }
         due.checked_duration_since(Instant::now())
@@ -135,6 +140,23 @@ mod tests {
         // 2 MiB at 10 MiB/s are 200 ms, less the burst and the last chunk, which nobody waits for.
         let took = began.elapsed();
         assert!(took >= Duration::from_millis(180), "{took:?}");
+    }
+
+    #[test]
+    fn a_higher_rate_wakes_who_sleeps_at_a_low_one() {
+        let pacer = Arc::new(Pacer::new(rate(1)));
+        pacer.pay(1 << 20);
+        let (slept, done) = std::sync::mpsc::channel();
+        let sleeper = std::thread::spawn({
+            let pacer = Arc::clone(&pacer);
+            move || {
+                pacer.pay(1);
+                slept.send(()).unwrap();
+            }
+        });
+        pacer.set(rate(1 << 30));
+        done.recv_timeout(Duration::from_secs(10)).unwrap();
+        sleeper.join().unwrap();
     }
 
     #[test]
