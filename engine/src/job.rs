@@ -1,6 +1,7 @@
 //! A migration: how it is set up, watched and steered, and how it ends.
 
 use std::io;
+use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use crate::core::target::{Target, TargetConfig, TargetLimits};
 use crate::journal::{Journal, JournalError};
 use crate::pacer::{Bandwidth, Pacer};
 use crate::send::{Flush, GREETING_LIMIT, VmSide};
-use crate::vmm::{Inventory, RunState, Vm, VmmError};
+use crate::vmm::{Inventory, Ram, RunState, Vm, VmmError};
 use crate::worker::{Clock, Facts};
 use crate::{receive, send};
 
@@ -159,6 +160,13 @@ impl SourceBuilder {
     #[must_use]
     pub fn with_run_at_target(mut self, state: RunState) -> Self {
         self.config.run_at_target = Some(state);
+        self
+    }
+
+    /// Page lanes to offer; default 1. The target may take fewer.
+    #[must_use]
+    pub fn with_lanes(mut self, lanes: NonZeroU16) -> Self {
+        self.config.lanes = lanes.get();
         self
     }
 
@@ -327,7 +335,7 @@ impl TargetBuilder {
         let (sender, inbox) = mpsc::unbounded_channel();
         let facts = Facts::new(sender, clock);
         let (first, vm) = first_look(vm, facts.clone()).await?;
-        blank(&vm).await?;
+        blank(Arc::clone(&vm.ram)).await?;
         let machine = Target::new(config, first.inventory);
         let (commands, orders) = mpsc::unbounded_channel();
         let (notices, told) = mpsc::unbounded_channel();
@@ -387,8 +395,7 @@ async fn first_look(mut vm: Vm, facts: Facts) -> Result<(FirstLook, Vm), StartEr
         .map_err(Into::into)
 }
 
-async fn blank(vm: &Vm) -> Result<(), VmmError> {
-    let ram = Arc::clone(&vm.ram);
+async fn blank(ram: Arc<dyn Ram>) -> Result<(), VmmError> {
     let blanked = tokio::task::spawn_blocking(move || ram.blank()).await;
     blanked.unwrap_or_else(|error| Err(VmmError::failed("blanking guest RAM", error)))
 }
