@@ -108,7 +108,7 @@ impl World {
         }
         let Some(round) = end else { return };
         self.lanes_ended += 1;
-        if self.lanes_ended == self.lanes.len() && self.flaw != Some(Flaw::LostFact) {
+        if self.lanes_ended == self.lanes.len() {
             let totals = self.totals;
             self.report(
                 Side::Source,

@@ -37,7 +37,7 @@ pub struct SourceLimits {
     pub preparing: Duration,
     /// For the guest to stop.
     pub stopping: Duration,
-    /// For the last pages and the device state to be sent.
+    /// For pages that stand still, and for the device state to be saved.
     pub draining: Duration,
     /// For the target to load.
     pub offering: Duration,

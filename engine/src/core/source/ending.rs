@@ -129,6 +129,10 @@ impl Undoing {
                 self.tracking_stopped = true;
                 self.advance(shared)
             }
+            Step::Undo => {
+                self.undone = Some(GuestLeft::Damaged(failure.clone()));
+                self.advance(shared)
+            }
             // Orders given before that fail because everything is being taken down.
             _ => State::Undoing(self),
         }

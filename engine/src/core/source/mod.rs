@@ -300,9 +300,13 @@ impl Shared {
             Input::Guest(event) => self.guest_event(state, event),
             Input::Command(command) => self.command(state, command),
             Input::Sent(totals) => {
+                let before = (self.meter.bytes_wire(), self.meter.open_pages());
                 self.meter.sent(totals);
-                // Pages that move are no standstill, however slow the link.
-                if let (State::Draining(_), Some((_, limit))) = (&state, self.deadline) {
+                // Pages that move are no standstill, however slow the link. A live copy that stands
+                // still is bounded as well: it may be a suspended one a moment later.
+                let moves = (self.meter.bytes_wire(), self.meter.open_pages()) != before;
+                let is_sending = matches!(state, State::Copying(_) | State::Draining(_));
+                if let (true, true, Some((_, limit))) = (moves, is_sending, self.deadline) {
                     self.bound(limit);
                 }
                 state

@@ -109,10 +109,14 @@ impl Shared {
     }
 
     fn first_round(&mut self, populated: PageSet) -> State {
-        self.unbound();
         self.order_flush();
+        self.copy_live(populated)
+    }
+
+    fn copy_live(&mut self, pages: PageSet) -> State {
+        self.bound(self.config.limits.draining);
         State::Copying(Copying {
-            in_flight: self.copy(populated),
+            in_flight: self.copy(pages),
         })
     }
 
@@ -148,7 +152,10 @@ impl Copying {
             Settled::NotYet => State::Copying(self),
             Settled::Unrelated(input) => shared.unexpected(State::Copying(self), &input),
             Settled::Wrong(reason) => shared.undo(reason),
-            Settled::Done => shared.collect_next(),
+            Settled::Done => {
+                shared.unbound();
+                shared.collect_next()
+            }
         }
     }
 }
@@ -215,15 +222,13 @@ impl Shared {
                 awaits: Awaits::Flush,
             }),
             Verdict::Stop => self.stop(dirty),
-            Verdict::GiveUp if self.timeout.is_none() => {
+            Verdict::GiveUp if self.timeout.is_none() && !self.hold_ordered => {
                 let reason = self.not_converging(dirty.len());
                 self.undo(reason)
             }
             Verdict::GiveUp | Verdict::Continue => {
                 self.order_flush();
-                State::Copying(Copying {
-                    in_flight: self.copy(dirty),
-                })
+                self.copy_live(dirty)
             }
         }
     }

@@ -206,6 +206,12 @@ fn pages_that_move_are_no_standstill() {
     let mut bench = Bench::at(Phase::Draining);
     let before = bench.machine.poll_timeout();
     bench.tell(Input::Sent(LaneTotals::default()));
+    assert_eq!(bench.machine.poll_timeout(), before, "nothing has moved");
+    bench.tell(Input::Sent(LaneTotals {
+        pages: 1 << 20,
+        bytes: 1 << 32,
+        ..LaneTotals::default()
+    }));
     assert!(bench.machine.poll_timeout() > before);
 }
 

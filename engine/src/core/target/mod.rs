@@ -29,7 +29,8 @@ use ferry_stream::message::{Message, SessionId};
 use self::ending::{Parting, Refusing, Returning, Taking};
 use self::receiving::{Preparing, Receiving};
 use crate::core::message::{
-    Action, Command, Failure, Input, Inquirer, Moment, Notice, Outcome, Phase, Reason, Record, Step,
+    Action, Command, Failure, Input, Inquirer, MayHaveRun, Moment, Notice, Outcome, Phase, Reason,
+    Record, Step,
 };
 use crate::vmm::{GuestEvent, Inventory};
 
@@ -225,7 +226,13 @@ impl State {
             }
             Self::Offered => shared.refuse(reason, Parting::Lingering),
             Self::Taking(taking) => taking.trouble(shared, reason),
-            Self::Resuming => Self::Resuming,
+            Self::Resuming => match reason {
+                // Not even an answer: the adapter broke down in the middle.
+                Reason::Failed(failure) if failure.step == Step::Resume => {
+                    shared.not_resumed(MayHaveRun::Perhaps, failure)
+                }
+                _ => Self::Resuming,
+            },
             Self::Taken => shared.taken_trouble(&reason),
             Self::Refusing(refusing) => refusing.trouble(shared, &reason),
             Self::Returning(returning) => returning.trouble(shared, &reason),
