@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use crate::core::message::Input;
 use crate::device_state::{Inbox, Permit};
+use crate::lanes::LAST_WORD;
 use crate::lanes::send::chain;
 use crate::worker::Facts;
 
@@ -46,6 +47,8 @@ pub(crate) enum Outgoing {
     State(Message, Permit),
     /// Say when everything before this has left.
     Flushed(oneshot::Sender<()>),
+    /// End the stream, and say when everything before has left.
+    End(oneshot::Sender<()>),
 }
 
 /// The control lane of a migration.
@@ -92,9 +95,13 @@ impl Control {
         async move { drop(timeout(patience, flushed).await) }
     }
 
-    /// Ends the lane, after what was sent has left or `patience` is over.
-    pub(crate) async fn finish(self, patience: Duration) {
-        self.flushed(patience).await;
+    /// Ends the lane, after what was sent has left or `patience` is over. A socket that is closed with
+    /// something unread takes its last words back: so the peer is given a moment to end its side.
+    pub(crate) async fn finish(mut self, patience: Duration) {
+        let (done, ended) = oneshot::channel();
+        drop(self.outgoing.send(Outgoing::End(done)));
+        drop(timeout(patience, ended).await);
+        drop(timeout(LAST_WORD, &mut self.reader).await);
         self.reader.abort();
         self.writer.abort();
     }
@@ -144,11 +151,7 @@ async fn write(
     loop {
         let sent = match timeout(silence.ping, queue.recv()).await {
             Err(_) => writer.send(&Message::Ping).await,
-            Ok(None) => {
-                // The peer reads an end of stream; nobody waits for whether it does.
-                drop(writer.shutdown().await);
-                return;
-            }
+            Ok(None) => return,
             Ok(Some(Outgoing::Message(message))) => writer.send(&message).await,
             Ok(Some(Outgoing::State(message, permit))) => {
                 let sent = writer.send(&message).await;
@@ -158,6 +161,12 @@ async fn write(
             Ok(Some(Outgoing::Flushed(done))) => {
                 _ = done.send(());
                 Ok(())
+            }
+            Ok(Some(Outgoing::End(done))) => {
+                // Whether the peer still hears it, nobody can tell.
+                drop(writer.shutdown().await);
+                _ = done.send(());
+                return;
             }
         };
         if let Err(error) = sent {

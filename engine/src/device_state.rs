@@ -42,27 +42,37 @@ pub(crate) struct Permit(Arc<Places>);
 
 #[derive(Debug, Default)]
 struct Places {
-    taken: Mutex<usize>,
+    state: Mutex<Taken>,
     freed: Condvar,
 }
 
+#[derive(Debug, Default)]
+struct Taken {
+    count: usize,
+    closed: bool,
+}
+
 impl Permit {
-    fn acquire(places: &Arc<Places>) -> Self {
-        let mut taken = places.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        while *taken >= MAX_WAITING {
+    /// Waits for a place; none is given any more once the sink is closed.
+    fn acquire(places: &Arc<Places>) -> Option<Self> {
+        let mut taken = lock(&places.state);
+        while taken.count >= MAX_WAITING && !taken.closed {
             taken = places
                 .freed
                 .wait(taken)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        *taken += 1;
-        Self(Arc::clone(places))
+        if taken.closed {
+            return None;
+        }
+        taken.count += 1;
+        Some(Self(Arc::clone(places)))
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        *self.0.taken.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        lock(&self.0.state).count -= 1;
         self.0.freed.notify_one();
     }
 }
@@ -74,18 +84,37 @@ pub(crate) struct Sink {
     tally: Arc<Mutex<Tally>>,
 }
 
+/// The driver's hold on a [`Sink`] that the VMM has.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SinkWatch {
+    places: Arc<Places>,
+    tally: Arc<Mutex<Tally>>,
+}
+
+impl SinkWatch {
+    /// Lets every write fail, also one that waits: a link that stands still would else hold the VM
+    /// thread, and with it the way back, for ever.
+    pub(crate) fn close(&self) {
+        lock(&self.places.state).closed = true;
+        self.places.freed.notify_all();
+    }
+
+    /// What has gone through.
+    pub(crate) fn tally(&self) -> Tally {
+        lock(&self.tally).clone()
+    }
+}
+
 impl Sink {
-    /// A sink onto the control lane, and what has gone through it.
-    pub(crate) fn new(outgoing: UnboundedSender<Outgoing>) -> (Self, Arc<Mutex<Tally>>) {
-        let tally = Arc::default();
-        (
-            Self {
-                outgoing,
-                places: Arc::default(),
-                tally: Arc::clone(&tally),
-            },
-            tally,
-        )
+    /// A sink onto the control lane, and the hold on it.
+    pub(crate) fn new(outgoing: UnboundedSender<Outgoing>) -> (Self, SinkWatch) {
+        let watch = SinkWatch::default();
+        let sink = Self {
+            outgoing,
+            places: Arc::clone(&watch.places),
+            tally: Arc::clone(&watch.tally),
+        };
+        (sink, watch)
     }
 }
 
@@ -95,7 +124,7 @@ impl io::Write for Sink {
         if piece.is_empty() {
             return Ok(0);
         }
-        let permit = Permit::acquire(&self.places);
+        let permit = Permit::acquire(&self.places).ok_or(io::ErrorKind::BrokenPipe)?;
         let mut tally = lock(&self.tally);
         if tally.bytes + piece.len() as u64 > MAX_STATE_BYTES {
             return Err(io::Error::new(
@@ -151,6 +180,9 @@ impl Inbox {
                 "device state at {offset}, {} was due",
                 held.tally.bytes
             ));
+        }
+        if held.tally.bytes + bytes.len() as u64 > MAX_STATE_BYTES {
+            return Err(format!("device state of more than {MAX_STATE_BYTES} bytes"));
         }
         held.tally.add(&bytes);
         if held.closed.is_none() {
@@ -279,6 +311,32 @@ mod tests {
         let error = inbox.reader().read(&mut [0; 8]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
         inbox.push(7, Bytes::from_static(b"gap")).unwrap_err();
+    }
+
+    #[test]
+    fn a_source_cannot_fill_our_memory() {
+        let inbox = Inbox::default();
+        lock(&inbox.0.state).tally.bytes = MAX_STATE_BYTES - 3;
+        let push = |offset, bytes| inbox.push(offset, Bytes::from_static(bytes));
+        push(MAX_STATE_BYTES - 3, b"abc").unwrap();
+        push(MAX_STATE_BYTES, b"d").unwrap_err();
+    }
+
+    #[test]
+    fn closing_wakes_a_writer_whose_link_stands_still() {
+        use std::io::Write as _;
+
+        let (outgoing, queue) = tokio::sync::mpsc::unbounded_channel();
+        let (mut sink, watch) = Sink::new(outgoing);
+        for _ in 0..MAX_WAITING {
+            assert_eq!(sink.write(b"state").unwrap(), 5);
+        }
+        let waiting = std::thread::spawn(move || sink.write(b"more"));
+        watch.close();
+        let error = waiting.join().unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(watch.tally().bytes, 5 * MAX_WAITING as u64);
+        drop(queue);
     }
 
     #[test]

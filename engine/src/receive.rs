@@ -1,6 +1,6 @@
 //! The target's driver: takes connections, feeds the core, carries out its orders.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use ferry_stream::message::{
     AbortCode, Features, Hello, LaneIndex, Message, Purpose, Verdict, Versions, Welcome,
 };
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use tokio::time::{sleep_until, timeout};
 
 use crate::control::{BoxedConnection, Control, Silence};
@@ -29,7 +29,8 @@ use crate::send::{GREETING_LIMIT, PARTING, VmSide, order_journal};
 use crate::vmm::{Ram, VmmError};
 use crate::worker::{Clock, Facts, Worker};
 
-/// Most connections that are being greeted at one time: strangers cost no more than that.
+/// Most connections that are being greeted at one time: strangers cost no more than that. One more,
+/// and the one that has been silent for longest goes, so that they cannot keep a source out.
 const MAX_GREETINGS: usize = 32;
 
 /// What the driver is made of.
@@ -63,8 +64,14 @@ pub(crate) struct Driver {
     control: Option<Control>,
     ram: Arc<dyn Ram>,
     receivers: Receivers,
+    /// Page lanes that have come; the receivers themselves end when RAM is complete.
+    lanes_came: u16,
     state: Inbox,
     inquirers: HashMap<Inquirer, ControlLane<BoxedConnection>>,
+    asking: mpsc::UnboundedSender<ControlLane<BoxedConnection>>,
+    asked: mpsc::UnboundedReceiver<ControlLane<BoxedConnection>>,
+    /// What is said to connections besides the control lane; nobody waits for a peer to take it.
+    talks: JoinSet<()>,
     inquiries: u64,
     vm: Worker<VmSide>,
     journal: Worker<Journal>,
@@ -81,6 +88,7 @@ struct Arrival {
 enum Event {
     Fact(Moment, Input),
     Arrival(Box<Arrival>),
+    Asked(Box<ControlLane<BoxedConnection>>),
     Command(Command),
     Deadline,
 }
@@ -90,6 +98,7 @@ impl Driver {
     pub(crate) fn start(parts: Parts) -> io::Result<Self> {
         let Parts { vm, facts, .. } = parts;
         let (greeted, arrivals) = mpsc::channel(MAX_GREETINGS);
+        let (asking, asked) = mpsc::unbounded_channel();
         Ok(Self {
             machine: parts.machine,
             clock: parts.clock,
@@ -103,9 +112,13 @@ impl Driver {
             control: None,
             ram: parts.ram,
             receivers: Receivers::default(),
+            lanes_came: 0,
             state: Inbox::default(),
             inquirers: HashMap::new(),
             inquiries: 0,
+            asking,
+            asked,
+            talks: JoinSet::new(),
             vm: Worker::start("ferry-vm", vm, facts.clone())?,
             journal: Worker::start("ferry-journal", parts.journal, facts.clone())?,
             facts,
@@ -136,6 +149,7 @@ impl Driver {
             biased;
             Some((at, input)) = self.inbox.recv() => Event::Fact(at, input),
             Some(arrival) = self.arrivals.recv() => Event::Arrival(Box::new(arrival)),
+            Some(lane) = self.asked.recv() => Event::Asked(Box::new(lane)),
             Some(command) = self.commands.recv() => Event::Command(command),
             () = sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)),
                 if deadline.is_some() => Event::Deadline,
@@ -152,6 +166,7 @@ impl Driver {
                 self.machine.handle(at, input);
             }
             Event::Arrival(arrival) => self.arrived(*arrival).await,
+            Event::Asked(lane) => self.inquired(*lane),
             Event::Command(command) => {
                 self.machine
                     .handle(self.clock.now(), Input::Command(command));
@@ -175,7 +190,7 @@ impl Driver {
                     vm.state.load(&mut reader).map(|()| Input::Loaded)
                 });
             }
-            Action::ReleaseLoad { bytes, crc } => self.state.release(bytes, crc),
+            Action::ReleaseLoad { bytes, crc } => self.release(bytes, crc),
             Action::Resume => self.vm.order(Step::Resume, |vm| {
                 Ok::<_, VmmError>(
                     vm.guest
@@ -218,6 +233,16 @@ impl Driver {
         });
     }
 
+    /// RAM is complete. Every lane has ended before the load begins: nothing that a source still sends
+    /// writes the RAM of a guest that is loaded, or runs.
+    fn release(&mut self, bytes: u64, crc: u32) {
+        let (mut receivers, state) = (std::mem::take(&mut self.receivers), self.state.clone());
+        tokio::task::spawn_blocking(move || {
+            receivers.join();
+            state.release(bytes, crc);
+        });
+    }
+
     fn write_journal(&self, record: Record) {
         order_journal(&self.journal, record);
     }
@@ -228,12 +253,12 @@ impl Driver {
         match arrival.hello.purpose {
             Purpose::Migrate if self.machine.session().is_none() => self.adopt(arrival),
             Purpose::Migrate => {
-                turn_away(arrival, AbortCode::Busy, "another migration is under way");
+                self.turn_away(arrival, AbortCode::Busy, "another migration is under way");
             }
             Purpose::Lane(index) if known => self.add_lane(arrival, index).await,
-            Purpose::Inquire if known => self.add_inquirer(arrival).await,
+            Purpose::Inquire if known => self.add_inquirer(arrival),
             Purpose::Lane(_) | Purpose::Inquire => {
-                turn_away(
+                self.turn_away(
                     arrival,
                     AbortCode::Session,
                     "that session is not at work here",
@@ -259,11 +284,11 @@ impl Driver {
     }
 
     async fn add_lane(&mut self, arrival: Arrival, index: LaneIndex) {
-        let next = u16::try_from(self.receivers.len() + 1).unwrap_or(u16::MAX);
-        if index.0 != next || index.0 > self.machine.lanes() {
-            turn_away(arrival, AbortCode::Protocol, "that page lane is not due");
+        if index.0 != self.lanes_came + 1 || index.0 > self.machine.lanes() {
+            self.turn_away(arrival, AbortCode::Protocol, "that page lane is not due");
             return;
         }
+        self.lanes_came = index.0;
         let lanes = self.machine.lanes();
         if let Err(error) = self.start_lane(arrival.lane, index, lanes).await {
             let what = format!("page {index}: {}", chain(&error));
@@ -286,18 +311,37 @@ impl Driver {
         Ok(())
     }
 
-    /// Somebody asks who owns the guest; whoever asked and went away is not missed.
-    async fn add_inquirer(&mut self, arrival: Arrival) {
-        let mut lane = arrival.lane;
-        let welcomed = lane.writer.send(&Message::Welcome(welcome(0))).await;
-        let asked = timeout(GREETING_LIMIT, lane.reader.next()).await;
-        if let (Ok(()), Ok(Ok(Some(Message::Inquire)))) = (welcomed, asked) {
-            self.inquiries += 1;
-            let inquirer = Inquirer(self.inquiries);
-            self.inquirers.insert(inquirer, lane);
-            self.machine
-                .handle(self.clock.now(), Input::Inquired(inquirer));
-        }
+    /// Somebody wants to ask who owns the guest. The question is waited for elsewhere: a link that
+    /// stands still must not hold up the hand-over. Whoever asked and went away is not missed.
+    fn add_inquirer(&mut self, arrival: Arrival) {
+        let (mut lane, asking) = (arrival.lane, self.asking.clone());
+        self.talks.spawn(async move {
+            let welcomed = lane.writer.send(&Message::Welcome(welcome(0))).await;
+            let asked = timeout(GREETING_LIMIT, lane.reader.next()).await;
+            if let (Ok(()), Ok(Ok(Some(Message::Inquire)))) = (welcomed, asked) {
+                drop(asking.send(lane));
+            }
+        });
+    }
+
+    fn inquired(&mut self, lane: ControlLane<BoxedConnection>) {
+        self.inquiries += 1;
+        let inquirer = Inquirer(self.inquiries);
+        self.inquirers.insert(inquirer, lane);
+        self.machine
+            .handle(self.clock.now(), Input::Inquired(inquirer));
+    }
+
+    /// Tells a connection, in a task of its own, that it is not wanted.
+    fn turn_away(&mut self, arrival: Arrival, code: AbortCode, text: &'static str) {
+        self.talks.spawn(async move {
+            let mut lane = arrival.lane;
+            let abort = Message::Abort {
+                code,
+                text: text.to_owned(),
+            };
+            drop(timeout(PARTING, lane.writer.send(&abort)).await);
+        });
     }
 
     async fn answer(&mut self, to: Inquirer, verdict: Verdict) {
@@ -310,6 +354,7 @@ impl Driver {
     /// Lets every thread finish what it was ordered, then tells the end.
     async fn finish(mut self, outcome: Outcome) -> Finished {
         self.accepting.abort();
+        self.talks.shutdown().await;
         self.state.close("the migration is over");
         if let Some(control) = self.control.take() {
             control.finish(PARTING).await;
@@ -355,26 +400,15 @@ fn welcome(lanes: u16) -> Welcome {
     }
 }
 
-/// Tells a connection, in a task of its own, that it is not wanted.
-fn turn_away(arrival: Arrival, code: AbortCode, text: &'static str) {
-    tokio::spawn(async move {
-        let mut lane = arrival.lane;
-        let abort = Message::Abort {
-            code,
-            text: text.to_owned(),
-        };
-        drop(timeout(PARTING, lane.writer.send(&abort)).await);
-    });
-}
-
 /// Takes connections and greets each in a task of its own, until the driver ends.
 async fn accept(
     mut acceptor: Box<dyn Acceptor>,
     greeted: mpsc::Sender<Arrival>,
     notices: mpsc::UnboundedSender<Notice>,
 ) {
-    let places = Arc::new(tokio::sync::Semaphore::new(MAX_GREETINGS));
-    while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+    let mut greetings = JoinSet::new();
+    let mut oldest_first = VecDeque::new();
+    loop {
         let connection = match acceptor.accept().await {
             Ok(connection) => connection,
             Err(error) => {
@@ -384,18 +418,31 @@ async fn accept(
                 continue;
             }
         };
-        let (greeted, notices) = (greeted.clone(), notices.clone());
-        tokio::spawn(async move {
-            let peer = connection.peer();
-            match timeout(GREETING_LIMIT, hello(connection)).await {
-                Ok(Ok((lane, hello))) => drop(greeted.send(Arrival { lane, hello, peer }).await),
-                Ok(Err(error)) => {
-                    drop(notices.send(Notice::Leftover(format!("{peer}: {}", chain(&error)))));
-                }
-                Err(_) => drop(notices.send(Notice::Leftover(format!("{peer} never said hello")))),
-            }
-            drop(place);
-        });
+        while greetings.try_join_next().is_some() {}
+        oldest_first.retain(|greeting: &AbortHandle| !greeting.is_finished());
+        if oldest_first.len() >= MAX_GREETINGS
+            && let Some(oldest) = oldest_first.pop_front()
+        {
+            oldest.abort();
+        }
+        let greeting = greet(connection, greeted.clone(), notices.clone());
+        oldest_first.push_back(greetings.spawn(greeting));
+    }
+}
+
+/// Greets one connection. It has so long to say what it wants.
+async fn greet(
+    connection: BoxedConnection,
+    greeted: mpsc::Sender<Arrival>,
+    notices: mpsc::UnboundedSender<Notice>,
+) {
+    let peer = connection.peer();
+    match timeout(GREETING_LIMIT, hello(connection)).await {
+        Ok(Ok((lane, hello))) => drop(greeted.send(Arrival { lane, hello, peer }).await),
+        Ok(Err(error)) => {
+            drop(notices.send(Notice::Leftover(format!("{peer}: {}", chain(&error)))));
+        }
+        Err(_) => drop(notices.send(Notice::Leftover(format!("{peer} never said hello")))),
     }
 }
 

@@ -13,7 +13,8 @@ use ferry_stream::message::{
     Features, Hello, LaneIndex, Message, Purpose, SessionId, Verdict, Versions,
 };
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep_until, timeout};
+use tokio::task::JoinSet;
+use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until, timeout};
 
 use crate::control::{BoxedConnection, Control, Silence};
 use crate::core::layout::Layout;
@@ -23,13 +24,13 @@ use crate::core::message::{
 use crate::core::meter::Progress;
 use crate::core::pageset::PageSet;
 use crate::core::source::Source;
-use crate::device_state::{Sink, Tally};
+use crate::device_state::{Sink, SinkWatch};
 use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
 use crate::lanes::send::{Counters, Outfit, Senders, chain};
 use crate::pacer::Pacer;
 use crate::vmm::{DeviceState, Guest, Ram, Rearm, RunState, Tracker, VmmError};
-use crate::worker::{Clock, Facts, Worker};
+use crate::worker::{Clock, Facts, Worker, guarded};
 
 /// How often progress is looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -89,7 +90,10 @@ pub(crate) struct Driver {
     control: Control,
     senders: Arc<Mutex<Senders>>,
     outfit: Outfit,
-    tally: Option<Arc<Mutex<Tally>>>,
+    sink: SinkWatch,
+    ticks: Interval,
+    /// Connections that are being opened; they end with the driver.
+    opening: JoinSet<()>,
     retire: Retire,
     vm: Worker<VmSide>,
     tracker: Worker<TrackSide>,
@@ -144,7 +148,9 @@ impl Driver {
             control,
             senders: Arc::default(),
             outfit,
-            tally: None,
+            sink: SinkWatch::default(),
+            ticks: ticks(),
+            opening: JoinSet::new(),
             retire: parts.retire,
         })
     }
@@ -176,7 +182,7 @@ impl Driver {
             Some(command) = self.commands.recv() => Event::Command(command),
             () = sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)),
                 if deadline.is_some() => Event::Deadline,
-            () = tokio::time::sleep(TICK) => Event::Tick,
+            _ = self.ticks.tick() => Event::Tick,
         }
     }
 
@@ -232,9 +238,12 @@ impl Driver {
             }),
             Action::Save => self.save(),
             Action::Ask => self.ask(),
-            Action::Undo { guest } => self.vm.order(Step::Undo, move |vm| {
-                Ok::<_, VmmError>(Input::Undone(undo(vm, guest)))
-            }),
+            Action::Undo { guest } => {
+                self.sink.close();
+                self.vm.order(Step::Undo, move |vm| {
+                    Ok::<_, VmmError>(Input::Undone(undo(vm, guest)))
+                });
+            }
             Action::Retire => self.order_retire(),
             Action::StopTracking => self.tracker.order(Step::StopTracking, |side| {
                 side.tracker.stop().map(|()| Input::TrackingStopped)
@@ -259,10 +268,10 @@ impl Driver {
         });
     }
 
-    fn open_lanes(&self, lanes: u16) {
+    fn open_lanes(&mut self, lanes: u16) {
         let (connector, session) = (Arc::clone(&self.connector), self.session);
         let (outfit, senders) = (self.outfit.clone(), Arc::clone(&self.senders));
-        tokio::spawn(async move {
+        self.opening.spawn(async move {
             let facts = outfit.facts.clone();
             let opened = timeout(GREETING_LIMIT, open_lanes(&*connector, session, lanes)).await;
             let started = match opened {
@@ -301,18 +310,18 @@ impl Driver {
     }
 
     fn open_state(&mut self) {
-        let (sink, tally) = Sink::new(self.control.outgoing());
-        self.tally = Some(tally);
+        let (sink, watch) = Sink::new(self.control.outgoing());
+        self.sink = watch;
         self.vm.order(Step::OpenState, move |vm| {
             vm.state.open(Box::new(sink)).map(|()| Input::StateOpen)
         });
     }
 
     fn save(&self) {
-        let tally = self.tally.clone().unwrap_or_default();
+        let sink = self.sink.clone();
         self.vm.order(Step::Save, move |vm| {
             vm.state.save()?;
-            let tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+            let tally = sink.tally();
             Ok::<_, VmmError>(Input::Saved {
                 bytes: tally.bytes,
                 crc: tally.crc(),
@@ -332,10 +341,10 @@ impl Driver {
     }
 
     /// Asks the target over a connection of its own, which is fenced by the session alone.
-    fn ask(&self) {
+    fn ask(&mut self) {
         let (connector, session) = (Arc::clone(&self.connector), self.session);
         let facts = self.facts.clone();
-        tokio::spawn(async move {
+        self.opening.spawn(async move {
             let verdict = match timeout(GREETING_LIMIT, inquire(&*connector, session)).await {
                 Ok(Ok(verdict)) => Some(verdict),
                 Ok(Err(error)) => {
@@ -349,8 +358,10 @@ impl Driver {
     }
 
     /// Lets every thread finish what it was ordered, then tells the end.
-    async fn finish(self, outcome: Outcome) -> Finished {
+    async fn finish(mut self, outcome: Outcome) -> Finished {
         let report = self.machine.report(self.clock.now());
+        self.opening.shutdown().await;
+        self.sink.close();
         self.control.finish(PARTING).await;
         let senders = std::mem::take(&mut *lock(&self.senders));
         let in_doubt = matches!(outcome, Outcome::InDoubt { .. });
@@ -402,18 +413,23 @@ fn populated(ram: &dyn Ram, mut into: PageSet) -> Result<Input, VmmError> {
 /// Puts the VM back. Every step is tried, whatever became of the one before; the first failure is
 /// told.
 fn undo(vm: &mut VmSide, wanted: RunState) -> Result<RunState, Failure> {
-    let abandoned = vm.state.abandon();
-    let resumed = vm.guest.run_state().and_then(|state| {
+    let abandoned = guarded(Step::Undo, || vm.state.abandon());
+    let resumed = guarded(Step::Undo, || {
+        let state = vm.guest.run_state()?;
         if wanted == RunState::Running && state == RunState::Paused {
             vm.guest.resume()?;
         }
         vm.guest.run_state()
     });
-    let restored = vm.guest.restore();
-    abandoned
-        .and(restored)
-        .and(resumed)
-        .map_err(|error| Failure::new(Step::Undo, error))
+    let restored = guarded(Step::Undo, || vm.guest.restore());
+    abandoned.and(restored).and(resumed)
+}
+
+/// Beats at which progress is looked at, however much happens between them.
+fn ticks() -> Interval {
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
 }
 
 /// Opens the page lanes and greets on each.

@@ -100,10 +100,7 @@ impl<S: Send + 'static> Worker<S> {
     {
         let facts = self.facts.clone();
         let order: Order<S> = Box::new(move |state| {
-            let fact = catch_unwind(AssertUnwindSafe(|| work(state)))
-                .unwrap_or_else(|panic| Ok(Input::Failed(Failure::new(step, message(&*panic)))))
-                .unwrap_or_else(|error| Input::Failed(Failure::new(step, error)));
-            facts.tell(fact);
+            facts.tell(guarded(step, || work(state)).unwrap_or_else(Input::Failed));
         });
         // The thread ends only when this sender is dropped.
         drop(self.orders.send(order));
@@ -113,6 +110,17 @@ impl<S: Send + 'static> Worker<S> {
     pub(crate) fn finish(self) -> Option<S> {
         drop(self.orders);
         self.thread.join().ok()
+    }
+}
+
+/// Does `work`, as part of `step`. A panic is a failure like any other.
+pub(crate) fn guarded<T, E>(step: Step, work: impl FnOnce() -> Result<T, E>) -> Result<T, Failure>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => done.map_err(|error| Failure::new(step, error)),
+        Err(panic) => Err(Failure::new(step, message(&*panic))),
     }
 }
 

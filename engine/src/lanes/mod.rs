@@ -15,7 +15,7 @@ use crate::core::outcome::in_full;
 use crate::worker::Facts;
 
 /// How much later than the end of a page lane the peer's word on the control lane may come.
-const LAST_WORD: Duration = Duration::from_millis(100);
+pub(crate) const LAST_WORD: Duration = Duration::from_millis(100);
 
 /// Tells that a lane has ended. A peer that gives up says why on the control lane and then closes
 /// this one; the two race, and the reason is worth a moment.

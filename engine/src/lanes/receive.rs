@@ -1,6 +1,7 @@
 //! The receiving side of the page lanes: straight from the socket into guest RAM.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::{io, thread};
 
 use crc32fast::Hasher;
@@ -22,6 +23,8 @@ use crate::worker::Facts;
 pub(crate) struct Receivers {
     threads: Vec<thread::JoinHandle<()>>,
     closers: Closers,
+    /// Set when this side ends the lanes: that they end is no news then.
+    over: Arc<AtomicBool>,
 }
 
 impl Receivers {
@@ -41,6 +44,7 @@ impl Receivers {
             reader,
             ram: Arc::clone(ram),
             facts: facts.clone(),
+            over: Arc::clone(&self.over),
         };
         let name = format!("ferry-lane-{}", index.0);
         self.threads.push(
@@ -51,13 +55,9 @@ impl Receivers {
         Ok(())
     }
 
-    /// How many lanes stand.
-    pub(crate) fn len(&self) -> usize {
-        self.threads.len()
-    }
-
     /// Ends every lane, whatever it is doing.
     pub(crate) fn close(&mut self) {
+        self.over.store(true, Ordering::Release);
         self.closers.close();
     }
 
@@ -91,15 +91,17 @@ struct Receiver {
     reader: PageLaneReader,
     ram: Arc<dyn Ram>,
     facts: Facts,
+    over: Arc<AtomicBool>,
 }
 
 impl Receiver {
     fn run(mut self) {
         let _watch = PanicWatch(self.facts.clone());
-        loop {
+        while !self.over.load(Ordering::Acquire) {
             match self.next() {
                 Ok(Some(fact)) => self.facts.tell(fact),
                 Ok(None) => {}
+                Err(_) if self.over.load(Ordering::Acquire) => return,
                 Err(error) => {
                     return self.tell_broken(error);
                 }
