@@ -8,6 +8,7 @@
 //! | two hosts and a wire of known speed, which can be cut | [`Link`] |
 //! | both machines of the core in a world of numbers, under a seed | [`sim`] |
 //! | a link that is cut, held or damaged at a frame | [`proxy`] |
+//! | a VMM that embeds the engine, and a link that goes wrong | [`toy`] |
 //! | what the guest saw of a migration: blackout and brown-out | [`Probe`] |
 //!
 //! The QEMUs and the guest's kernel are unpacked by `testbed/setup`, once, into
@@ -32,6 +33,7 @@ mod qemu;
 mod ram;
 pub mod sim;
 pub mod tiny;
+pub mod toy;
 mod wait;
 
 pub use dir::{QemuVersion, testbed_dir};
