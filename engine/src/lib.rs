@@ -40,6 +40,8 @@
 mod control;
 pub mod core;
 mod device_state;
+mod dial;
+mod greeting;
 pub mod job;
 pub mod journal;
 mod lanes;

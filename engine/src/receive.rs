@@ -1,16 +1,16 @@
 //! The target's driver: takes connections, feeds the core, carries out its orders.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
 use ferry_stream::lane::ControlLane;
 use ferry_stream::link::Acceptor;
 use ferry_stream::message::{
-    AbortCode, Features, Hello, LaneIndex, Message, Purpose, Verdict, Versions, Welcome,
+    AbortCode, Features, LaneIndex, Message, Purpose, Verdict, Versions, Welcome,
 };
 use tokio::sync::{mpsc, watch};
-use tokio::task::{AbortHandle, JoinHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep_until, timeout};
 
 use crate::control::{BoxedConnection, Control, Silence};
@@ -21,6 +21,7 @@ use crate::core::message::{
 use crate::core::meter::Report;
 use crate::core::target::Target;
 use crate::device_state::Inbox;
+use crate::greeting::{Arrival, MAX_GREETINGS, accept};
 use crate::job::Finished;
 use crate::journal::Journal;
 use crate::lanes::receive::Receivers;
@@ -28,10 +29,6 @@ use crate::lanes::send::chain;
 use crate::send::{GREETING_LIMIT, PARTING, VmSide, order_journal};
 use crate::vmm::{Ram, VmmError};
 use crate::worker::{Clock, Facts, Worker};
-
-/// Most connections that are being greeted at one time: strangers cost no more than that. One more,
-/// and the one that has been silent for longest goes, so that they cannot keep a source out.
-const MAX_GREETINGS: usize = 32;
 
 /// What the driver is made of.
 pub(crate) struct Parts {
@@ -75,13 +72,6 @@ pub(crate) struct Driver {
     inquiries: u64,
     vm: Worker<VmSide>,
     journal: Worker<Journal>,
-}
-
-/// A connection that has said hello.
-struct Arrival {
-    lane: ControlLane<BoxedConnection>,
-    hello: Hello,
-    peer: String,
 }
 
 /// What the driver waits for.
@@ -397,71 +387,5 @@ fn welcome(lanes: u16) -> Welcome {
         version: Versions::OURS.highest,
         features: Features::NONE,
         lanes,
-    }
-}
-
-/// Takes connections and greets each in a task of its own, until the driver ends.
-async fn accept(
-    mut acceptor: Box<dyn Acceptor>,
-    greeted: mpsc::Sender<Arrival>,
-    notices: mpsc::UnboundedSender<Notice>,
-) {
-    let mut greetings = JoinSet::new();
-    let mut oldest_first = VecDeque::new();
-    loop {
-        let connection = match acceptor.accept().await {
-            Ok(connection) => connection,
-            Err(error) => {
-                drop(notices.send(Notice::Leftover(format!("taking a connection: {error}"))));
-                // Out of descriptors, most likely: others give theirs back.
-                tokio::time::sleep(PARTING).await;
-                continue;
-            }
-        };
-        while greetings.try_join_next().is_some() {}
-        oldest_first.retain(|greeting: &AbortHandle| !greeting.is_finished());
-        if oldest_first.len() >= MAX_GREETINGS
-            && let Some(oldest) = oldest_first.pop_front()
-        {
-            oldest.abort();
-        }
-        let greeting = greet(connection, greeted.clone(), notices.clone());
-        oldest_first.push_back(greetings.spawn(greeting));
-    }
-}
-
-/// Greets one connection. It has so long to say what it wants.
-async fn greet(
-    connection: BoxedConnection,
-    greeted: mpsc::Sender<Arrival>,
-    notices: mpsc::UnboundedSender<Notice>,
-) {
-    let peer = connection.peer();
-    match timeout(GREETING_LIMIT, hello(connection)).await {
-        Ok(Ok((lane, hello))) => drop(greeted.send(Arrival { lane, hello, peer }).await),
-        Ok(Err(error)) => {
-            drop(notices.send(Notice::Leftover(format!("{peer}: {}", chain(&error)))));
-        }
-        Err(_) => drop(notices.send(Notice::Leftover(format!("{peer} never said hello")))),
-    }
-}
-
-/// Reads a connection's hello. A peer that can be understood so far is told what is wrong.
-async fn hello(
-    connection: BoxedConnection,
-) -> Result<(ControlLane<BoxedConnection>, Hello), ferry_stream::Error> {
-    let mut lane = ControlLane::new(connection);
-    match lane.reader.next().await {
-        Ok(Some(Message::Hello(hello))) => Ok((lane, hello)),
-        Ok(other) => {
-            let what = other.map_or("nothing", |message| message.name());
-            let text = format!("a connection begins with Hello, not with {what}");
-            Err(io::Error::new(io::ErrorKind::InvalidData, text).into())
-        }
-        Err(error) => {
-            let (code, text) = (AbortCode::Version, chain(&error));
-            drop(lane.writer.send(&Message::Abort { code, text }).await);
-            Err(error)
-        }
     }
 }

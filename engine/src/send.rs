@@ -8,10 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferry_stream::lane::ControlLane;
-use ferry_stream::link::{Connector, Lane};
-use ferry_stream::message::{
-    Features, Hello, LaneIndex, Message, Purpose, SessionId, Verdict, Versions,
-};
+use ferry_stream::link::Connector;
+use ferry_stream::message::SessionId;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until, timeout};
@@ -25,6 +23,7 @@ use crate::core::meter::Progress;
 use crate::core::pageset::PageSet;
 use crate::core::source::Source;
 use crate::device_state::{Sink, SinkWatch};
+use crate::dial::{inquire, open_lanes};
 use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
 use crate::lanes::send::{Counters, Outfit, Senders, chain};
@@ -430,68 +429,6 @@ fn ticks() -> Interval {
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
-}
-
-/// Opens the page lanes and greets on each.
-async fn open_lanes(
-    connector: &dyn Connector,
-    session: SessionId,
-    lanes: u16,
-) -> Result<Vec<Box<dyn Lane>>, ferry_stream::Error> {
-    let mut open = Vec::new();
-    for index in 1..=lanes {
-        let mut lane = ControlLane::new(connector.connect().await?);
-        greet(&mut lane, session, Purpose::Lane(LaneIndex(index))).await?;
-        open.push(lane.into_inner()?.into_lane()?);
-    }
-    Ok(open)
-}
-
-/// Says hello and waits to be welcomed.
-async fn greet(
-    lane: &mut ControlLane<BoxedConnection>,
-    session: SessionId,
-    purpose: Purpose,
-) -> Result<(), ferry_stream::Error> {
-    let (versions, features) = (Versions::OURS, Features::NONE);
-    let hello = Hello {
-        versions,
-        features,
-        session,
-        purpose,
-        offer: None,
-    };
-    lane.writer.send(&Message::Hello(hello)).await?;
-    match lane.reader.next().await? {
-        Some(Message::Welcome(_)) => Ok(()),
-        Some(Message::Abort { text, .. }) => Err(refused(&text).into()),
-        Some(message) => Err(refused(&format!("it answered with {}", message.name())).into()),
-        None => Err(refused("it closed the connection").into()),
-    }
-}
-
-fn refused(text: &str) -> io::Error {
-    io::Error::new(
-        io::ErrorKind::ConnectionRefused,
-        format!("the target refused: {text}"),
-    )
-}
-
-async fn inquire(
-    connector: &dyn Connector,
-    session: SessionId,
-) -> Result<Verdict, ferry_stream::Error> {
-    let mut lane = ControlLane::new(connector.connect().await?);
-    greet(&mut lane, session, Purpose::Inquire).await?;
-    lane.writer.send(&Message::Inquire).await?;
-    loop {
-        match lane.reader.next().await? {
-            Some(Message::Answer(verdict)) => return Ok(verdict),
-            Some(Message::Ping) => {}
-            Some(message) => return Err(refused(&format!("it sent {}", message.name())).into()),
-            None => return Err(refused("it closed the connection").into()),
-        }
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -1,0 +1,74 @@
+//! The connections that a source opens besides its control lane: page lanes, and questions.
+
+use std::io;
+
+use ferry_stream::lane::ControlLane;
+use ferry_stream::link::{Connector, Lane};
+use ferry_stream::message::{
+    Features, Hello, LaneIndex, Message, Purpose, SessionId, Verdict, Versions,
+};
+
+use crate::control::BoxedConnection;
+
+/// Opens the page lanes and greets on each.
+pub(crate) async fn open_lanes(
+    connector: &dyn Connector,
+    session: SessionId,
+    lanes: u16,
+) -> Result<Vec<Box<dyn Lane>>, ferry_stream::Error> {
+    let mut open = Vec::new();
+    for index in 1..=lanes {
+        let mut lane = ControlLane::new(connector.connect().await?);
+        greet(&mut lane, session, Purpose::Lane(LaneIndex(index))).await?;
+        open.push(lane.into_inner()?.into_lane()?);
+    }
+    Ok(open)
+}
+
+/// Says hello and waits to be welcomed.
+async fn greet(
+    lane: &mut ControlLane<BoxedConnection>,
+    session: SessionId,
+    purpose: Purpose,
+) -> Result<(), ferry_stream::Error> {
+    let (versions, features) = (Versions::OURS, Features::NONE);
+    let hello = Hello {
+        versions,
+        features,
+        session,
+        purpose,
+        offer: None,
+    };
+    lane.writer.send(&Message::Hello(hello)).await?;
+    match lane.reader.next().await? {
+        Some(Message::Welcome(_)) => Ok(()),
+        Some(Message::Abort { text, .. }) => Err(refused(&text).into()),
+        Some(message) => Err(refused(&format!("it answered with {}", message.name())).into()),
+        None => Err(refused("it closed the connection").into()),
+    }
+}
+
+fn refused(text: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::ConnectionRefused,
+        format!("the target refused: {text}"),
+    )
+}
+
+/// Asks the target who owns the guest, over a connection of its own.
+pub(crate) async fn inquire(
+    connector: &dyn Connector,
+    session: SessionId,
+) -> Result<Verdict, ferry_stream::Error> {
+    let mut lane = ControlLane::new(connector.connect().await?);
+    greet(&mut lane, session, Purpose::Inquire).await?;
+    lane.writer.send(&Message::Inquire).await?;
+    loop {
+        match lane.reader.next().await? {
+            Some(Message::Answer(verdict)) => return Ok(verdict),
+            Some(Message::Ping) => {}
+            Some(message) => return Err(refused(&format!("it sent {}", message.name())).into()),
+            None => return Err(refused("it closed the connection").into()),
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! The connections that come to a target: each is greeted apart, so that a stranger who says nothing
+//! keeps nobody out.
+
+use std::collections::VecDeque;
+use std::io;
+
+use ferry_stream::lane::ControlLane;
+use ferry_stream::link::Acceptor;
+use ferry_stream::message::{AbortCode, Hello, Message};
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
+
+use crate::control::BoxedConnection;
+use crate::core::message::Notice;
+use crate::lanes::send::chain;
+use crate::send::{GREETING_LIMIT, PARTING};
+
+/// Most connections that are being greeted at one time: strangers cost no more than that. One more,
+/// and the one that has been silent for longest goes, so that they cannot keep a source out.
+pub(crate) const MAX_GREETINGS: usize = 32;
+
+/// A connection that has said hello.
+pub(crate) struct Arrival {
+    pub(crate) lane: ControlLane<BoxedConnection>,
+    pub(crate) hello: Hello,
+    pub(crate) peer: String,
+}
+
+/// Takes connections and greets each in a task of its own, until the driver ends.
+pub(crate) async fn accept(
+    mut acceptor: Box<dyn Acceptor>,
+    greeted: mpsc::Sender<Arrival>,
+    notices: mpsc::UnboundedSender<Notice>,
+) {
+    let mut greetings = JoinSet::new();
+    let mut oldest_first = VecDeque::new();
+    loop {
+        let connection = match acceptor.accept().await {
+            Ok(connection) => connection,
+            Err(error) => {
+                drop(notices.send(Notice::Leftover(format!("taking a connection: {error}"))));
+                // Out of descriptors, most likely: others give theirs back.
+                tokio::time::sleep(PARTING).await;
+                continue;
+            }
+        };
+        while greetings.try_join_next().is_some() {}
+        oldest_first.retain(|greeting: &AbortHandle| !greeting.is_finished());
+        if oldest_first.len() >= MAX_GREETINGS
+            && let Some(oldest) = oldest_first.pop_front()
+        {
+            oldest.abort();
+        }
+        let greeting = greet(connection, greeted.clone(), notices.clone());
+        oldest_first.push_back(greetings.spawn(greeting));
+    }
+}
+
+/// Greets one connection. It has so long to say what it wants.
+async fn greet(
+    connection: BoxedConnection,
+    greeted: mpsc::Sender<Arrival>,
+    notices: mpsc::UnboundedSender<Notice>,
+) {
+    let peer = connection.peer();
+    match timeout(GREETING_LIMIT, hello(connection)).await {
+        Ok(Ok((lane, hello))) => drop(greeted.send(Arrival { lane, hello, peer }).await),
+        Ok(Err(error)) => {
+            drop(notices.send(Notice::Leftover(format!("{peer}: {}", chain(&error)))));
+        }
+        Err(_) => drop(notices.send(Notice::Leftover(format!("{peer} never said hello")))),
+    }
+}
+
+/// Reads a connection's hello. A peer that can be understood so far is told what is wrong.
+async fn hello(
+    connection: BoxedConnection,
+) -> Result<(ControlLane<BoxedConnection>, Hello), ferry_stream::Error> {
+    let mut lane = ControlLane::new(connection);
+    match lane.reader.next().await {
+        Ok(Some(Message::Hello(hello))) => Ok((lane, hello)),
+        Ok(other) => {
+            let what = other.map_or("nothing", |message| message.name());
+            let text = format!("a connection begins with Hello, not with {what}");
+            Err(io::Error::new(io::ErrorKind::InvalidData, text).into())
+        }
+        Err(error) => {
+            let (code, text) = (AbortCode::Version, chain(&error));
+            drop(lane.writer.send(&Message::Abort { code, text }).await);
+            Err(error)
+        }
+    }
+}
