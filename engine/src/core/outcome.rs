@@ -9,7 +9,7 @@ use std::time::Duration;
 use ferry_stream::message::{AbortCode, Message, Round};
 
 use crate::core::layout::LayoutDifference;
-use crate::vmm::RunState;
+use crate::vmm::{RunState, VmmError};
 
 /// The steps that can fail, as people would name them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -324,6 +324,19 @@ impl Reason {
         Message::Abort {
             code: self.abort_code(),
             text: in_full(self),
+        }
+    }
+
+    /// Whatever failed because the VMM is gone failed for that reason: its death is also told as an
+    /// event, and either may come first.
+    pub(crate) fn or_death(self) -> Self {
+        let gone = match &self {
+            Self::Failed(failure) => failure.source.downcast_ref::<VmmError>(),
+            _ => None,
+        };
+        match gone {
+            Some(VmmError::Gone { what }) => Self::GuestGone { what: what.clone() },
+            _ => self,
         }
     }
 

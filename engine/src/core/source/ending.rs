@@ -85,6 +85,7 @@ pub(super) struct Undoing {
 
 impl Shared {
     pub(super) fn undo(&mut self, reason: Reason) -> State {
+        let reason = reason.or_death();
         self.unbound();
         self.timeout = None;
         self.send(reason.abort());
