@@ -18,8 +18,10 @@
 #[cfg(test)]
 mod bench;
 mod config;
+mod dispatch;
 mod ending;
 mod events;
+mod orders;
 mod precopy;
 mod round;
 mod switchover;
@@ -30,21 +32,16 @@ use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
-use ferry_stream::message::{
-    Features, Hello, Message, Offer, Purpose, RegionInfo, Round, Versions,
-};
+use ferry_stream::message::{Message, Round};
 
 pub use self::config::{SourceConfig, SourceLimits};
 use self::ending::{Leaving, Undoing};
 use self::precopy::{Collecting, Copying, Holding, Preparing};
 use self::switchover::{Asking, Draining, Given, Giving, Offering, Stopping};
-use crate::core::converge::{Converge, View};
-use crate::core::message::{
-    Action, Failure, GuestLeft, Input, Moment, Notice, Outcome, Phase, Reason, Record, Step,
-};
+use crate::core::converge::Converge;
+use crate::core::message::{Action, Input, Moment, Phase, Reason, Record};
 use crate::core::meter::{Meter, Progress, Report};
-use crate::core::pageset::PageSet;
-use crate::vmm::{Inventory, Rearm, RunState};
+use crate::vmm::{Inventory, RunState};
 
 /// The source's machine. Facts go in through [`Source::handle`], orders come out of
 /// [`Source::poll_action`].
@@ -278,191 +275,5 @@ fn no_ferry(reason: Reason) -> Reason {
             what: format!("it said nothing for {limit_ms} ms"),
         },
         reason => reason,
-    }
-}
-
-impl Shared {
-    fn dispatch(&mut self, state: State, input: Input) -> State {
-        match input {
-            Input::Received(Message::Ping) => state,
-            Input::Received(Message::Abort { code, text }) => {
-                self.link = Link::Down;
-                state.trouble(self, Reason::PeerAborted { code, text })
-            }
-            Input::LinkLost { what } => {
-                self.link = Link::Down;
-                state.trouble(self, Reason::LinkLost { what })
-            }
-            Input::Failed(failure) if failure.step == Step::Journal => {
-                self.unwritten(state, failure)
-            }
-            Input::Failed(failure) => state.trouble(self, Reason::Failed(failure)),
-            Input::Guest(event) => self.guest_event(state, event),
-            Input::Command(command) => self.command(state, command),
-            Input::Sent(totals) => {
-                let before = (self.meter.bytes_wire(), self.meter.open_pages());
-                self.meter.sent(totals);
-                // Pages that move are no standstill, however slow the link. A live copy that stands
-                // still is bounded as well: it may be a suspended one a moment later.
-                let moves = (self.meter.bytes_wire(), self.meter.open_pages()) != before;
-                let is_sending = matches!(state, State::Copying(_) | State::Draining(_));
-                if let (true, true, Some((_, limit))) = (moves, is_sending, self.deadline) {
-                    self.bound(limit);
-                }
-                state
-            }
-            Input::Flushed => {
-                self.flushing = false;
-                state.go_on(self)
-            }
-            Input::Paused { at } if state.is_copying() => {
-                self.hold(at);
-                state.go_on(self)
-            }
-            Input::Journaled(record) => {
-                if self.journaling.front() == Some(&record) {
-                    self.journaling.pop_front();
-                }
-                self.step(state, Input::Journaled(record))
-            }
-            input => self.step(state, input),
-        }
-    }
-
-    /// A record could not be written. One that was ordered before the state changed means nothing any
-    /// more.
-    fn unwritten(&mut self, state: State, failure: Failure) -> State {
-        let record = self.journaling.pop_front();
-        match (state, record) {
-            (State::Leaving(leaving), Some(Record::Moved)) => leaving.unwritten(self, &failure),
-            (State::Undoing(undoing), Some(Record::Kept)) => undoing.unwritten(self, &failure),
-            (state @ (State::Leaving(_) | State::Undoing(_)), _) => state,
-            (state, _) => state.trouble(self, Reason::Failed(failure)),
-        }
-    }
-
-    fn step(&mut self, state: State, input: Input) -> State {
-        match state {
-            State::Greeting => self.greeted(input),
-            State::Preparing(preparing) => preparing.handle(self, input),
-            State::Holding(holding) => holding.handle(self, input),
-            State::Copying(copying) => copying.handle(self, input),
-            State::Collecting(collecting) => collecting.handle(self, input),
-            State::Stopping(stopping) => stopping.handle(self, input),
-            State::Draining(draining) => draining.handle(self, input),
-            State::Offering(offering) => offering.handle(self, input),
-            State::Giving(giving) => giving.handle(self, &input),
-            State::Given(given) => given.handle(self, input),
-            State::Asking(asking) => asking.handle(self, input),
-            State::Leaving(leaving) => leaving.handle(self, &input),
-            State::Undoing(undoing) => undoing.handle(self, input),
-            State::Ended => State::Ended,
-        }
-    }
-
-    /// What an unexpected input means: a message at the wrong time is the peer's fault, a fact that
-    /// comes late (its order was given before the state changed) means nothing.
-    fn unexpected(&mut self, state: State, input: &Input) -> State {
-        match input {
-            Input::Received(message) => {
-                let reason = Reason::Protocol {
-                    what: message.name(),
-                    phase: state.phase(),
-                };
-                state.trouble(self, reason)
-            }
-            _ => state,
-        }
-    }
-
-    /// The guest stands. A pause that somebody undid before it was known here does not count.
-    fn hold(&mut self, at: Moment) {
-        if self.hold_ordered {
-            self.held = Some(at);
-            self.meter.stopped(at);
-        }
-    }
-
-    fn hello(&self) -> Hello {
-        let regions = self.inventory.layout.iter().map(|(_, region)| RegionInfo {
-            name: region.name.clone(),
-            bytes: region.bytes,
-            backing_page_bytes: region.backing_page_bytes,
-        });
-        Hello {
-            versions: Versions::OURS,
-            features: Features::NONE,
-            session: self.config.session,
-            purpose: Purpose::Migrate,
-            offer: Some(Offer {
-                arch: self.inventory.arch.clone(),
-                machine: self.inventory.machine.clone(),
-                vmm: self.inventory.vmm.clone(),
-                regions: regions.collect(),
-                lanes: self.config.lanes,
-                mode: self.config.mode,
-            }),
-        }
-    }
-
-    fn send(&mut self, message: Message) {
-        if self.link == Link::Up {
-            self.actions.push_back(Action::Send(message));
-        }
-    }
-
-    fn tell(&mut self, notice: Notice) {
-        self.actions.push_back(Action::Tell(notice));
-    }
-
-    fn journal(&mut self, record: Record) {
-        self.journaling.push_back(record);
-        self.actions.push_back(Action::Journal(record));
-    }
-
-    /// Bounds what comes next by `limit` from now.
-    fn bound(&mut self, limit: Duration) {
-        self.deadline = Some((self.now.after(limit), limit));
-    }
-
-    fn unbound(&mut self) {
-        self.deadline = None;
-    }
-
-    /// An empty set for a collection to fill.
-    fn blank_set(&self) -> PageSet {
-        PageSet::empty(&self.inventory.layout)
-    }
-
-    fn collect(&mut self, rearm: Rearm) {
-        let into = self.blank_set();
-        self.actions.push_back(Action::Collect { rearm, into });
-    }
-
-    fn view(&self, dirty_pages: u64) -> View<'_> {
-        View {
-            rounds: self.meter.rounds(),
-            dirty_pages,
-            rate_bytes_per_s: self.meter.rate(self.now),
-            dirty_bytes_per_s: self.meter.dirty_rate(),
-            floor: self.config.switchover_floor,
-            limit: self.config.downtime_limit,
-        }
-    }
-
-    fn finish(&mut self, outcome: Outcome) -> State {
-        self.unbound();
-        self.timeout = None;
-        self.actions.push_back(Action::Finish(outcome));
-        State::Ended
-    }
-
-    /// The peer would not have it, or could not be understood: nothing has been changed yet.
-    fn refuse(&mut self, reason: Reason) -> State {
-        self.send(reason.abort());
-        self.finish(Outcome::Kept {
-            reason,
-            guest: GuestLeft::Untouched,
-        })
     }
 }

@@ -4,7 +4,7 @@ use ferry_stream::message::{Features, Message, Mode, Versions, Welcome};
 
 use super::round::{InFlight, Settled};
 use super::{Shared, State};
-use crate::core::converge::{Verdict, View};
+use crate::core::converge::Verdict;
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{Action, Input, Moment, Notice, Phase, Reason, Record};
 use crate::core::meter::Progress;
@@ -231,18 +231,6 @@ impl Shared {
                 self.copy_live(dirty)
             }
         }
-    }
-
-    fn verdict(&mut self, dirty_pages: u64) -> Verdict {
-        let view = View {
-            rounds: self.meter.rounds(),
-            dirty_pages,
-            rate_bytes_per_s: self.meter.rate(self.now),
-            dirty_bytes_per_s: self.meter.dirty_rate(),
-            floor: self.config.switchover_floor,
-            limit: self.config.downtime_limit,
-        };
-        self.converge.decide(&view)
     }
 
     fn tell_floor(&mut self) {

@@ -1,0 +1,115 @@
+//! What more than one state orders or works out, on what they share.
+
+use std::time::Duration;
+
+use ferry_stream::message::{Features, Hello, Message, Offer, Purpose, RegionInfo, Versions};
+
+use super::{Link, Shared, SourceConfig, State};
+use crate::core::converge::{Verdict, View};
+use crate::core::message::{Action, GuestLeft, Moment, Notice, Outcome, Reason, Record};
+use crate::core::meter::Meter;
+use crate::core::pageset::PageSet;
+use crate::vmm::Rearm;
+
+impl Shared {
+    /// The guest stands. A pause that somebody undid before it was known here does not count.
+    pub(super) fn hold(&mut self, at: Moment) {
+        if self.hold_ordered {
+            self.held = Some(at);
+            self.meter.stopped(at);
+        }
+    }
+
+    pub(super) fn hello(&self) -> Hello {
+        let regions = self.inventory.layout.iter().map(|(_, region)| RegionInfo {
+            name: region.name.clone(),
+            bytes: region.bytes,
+            backing_page_bytes: region.backing_page_bytes,
+        });
+        Hello {
+            versions: Versions::OURS,
+            features: Features::NONE,
+            session: self.config.session,
+            purpose: Purpose::Migrate,
+            offer: Some(Offer {
+                arch: self.inventory.arch.clone(),
+                machine: self.inventory.machine.clone(),
+                vmm: self.inventory.vmm.clone(),
+                regions: regions.collect(),
+                lanes: self.config.lanes,
+                mode: self.config.mode,
+            }),
+        }
+    }
+
+    pub(super) fn send(&mut self, message: Message) {
+        if self.link == Link::Up {
+            self.actions.push_back(Action::Send(message));
+        }
+    }
+
+    pub(super) fn tell(&mut self, notice: Notice) {
+        self.actions.push_back(Action::Tell(notice));
+    }
+
+    pub(super) fn journal(&mut self, record: Record) {
+        self.journaling.push_back(record);
+        self.actions.push_back(Action::Journal(record));
+    }
+
+    /// Bounds what comes next by `limit` from now.
+    pub(super) fn bound(&mut self, limit: Duration) {
+        self.deadline = Some((self.now.after(limit), limit));
+    }
+
+    pub(super) fn unbound(&mut self) {
+        self.deadline = None;
+    }
+
+    /// An empty set for a collection to fill.
+    pub(super) fn blank_set(&self) -> PageSet {
+        PageSet::empty(&self.inventory.layout)
+    }
+
+    pub(super) fn collect(&mut self, rearm: Rearm) {
+        let into = self.blank_set();
+        self.actions.push_back(Action::Collect { rearm, into });
+    }
+
+    pub(super) fn view(&self, dirty_pages: u64) -> View<'_> {
+        view(&self.config, &self.meter, self.now, dirty_pages)
+    }
+
+    /// What the rule says to `dirty_pages` left to send.
+    pub(super) fn verdict(&mut self, dirty_pages: u64) -> Verdict {
+        let view = view(&self.config, &self.meter, self.now, dirty_pages);
+        self.converge.decide(&view)
+    }
+
+    pub(super) fn finish(&mut self, outcome: Outcome) -> State {
+        self.unbound();
+        self.timeout = None;
+        self.actions.push_back(Action::Finish(outcome));
+        State::Ended
+    }
+
+    /// The peer would not have it, or could not be understood: nothing has been changed yet.
+    pub(super) fn refuse(&mut self, reason: Reason) -> State {
+        self.send(reason.abort());
+        self.finish(Outcome::Kept {
+            reason,
+            guest: GuestLeft::Untouched,
+        })
+    }
+}
+
+fn view<'a>(config: &SourceConfig, meter: &'a Meter, now: Moment, dirty_pages: u64) -> View<'a> {
+    View {
+        rounds: meter.rounds(),
+        dirty_pages,
+        rate_bytes_per_s: meter.rate(now),
+        dirty_bytes_per_s: meter.dirty_rate(),
+        floor: config.switchover_floor,
+        limit: config.downtime_limit,
+    }
+}
