@@ -2,6 +2,7 @@
 
 use ferry_engine::core::layout::RegionIndex;
 use ferry_engine::core::message::{Outcome, Phase, Reason, Record};
+use ferry_engine::vmm::RunState;
 use ferry_stream::message::Verdict;
 
 use super::guest::Memory;
@@ -122,6 +123,30 @@ pub enum Violation {
         /// What.
         what: &'static str,
     },
+}
+
+/// What the world knows and neither machine does: the oracle of the checks.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
+#[derive(Default)]
+pub(super) struct Truth {
+    /// The guest as it was when Go was said.
+    pub(super) given: Option<(Memory, u64)>,
+    /// The target heard Go.
+    pub(super) go_heard: bool,
+    /// The source heard that the guest is its own again.
+    pub(super) given_back: bool,
+    /// A stranger changed the paused guest when nobody could know in time.
+    pub(super) spoilt: bool,
+    /// Something kept the two from talking, or the target from answering.
+    pub(super) silenced: bool,
+    /// How people want the guest, as far as the source has heard.
+    pub(super) wanted: Option<RunState>,
+    /// Something happened to the source's guest that came too late for its machine.
+    pub(super) late_fate: bool,
+    /// The source has begun to put things back.
+    pub(super) undoing: bool,
+    /// Tracking could not be ended, or the VMM not: said aloud by the engine.
+    pub(super) excused: bool,
 }
 
 /// The entries that may follow an entry: law 1, in a table.

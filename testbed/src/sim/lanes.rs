@@ -5,12 +5,13 @@ use ferry_engine::core::layout::{PageRange, RegionIndex};
 use ferry_engine::core::message::{Input, ZeroPages};
 
 use super::checks::Violation;
+use super::event::Event;
 use super::flaw::Flaw;
 use super::guest::Content;
 use super::link::{Frame, LaneJob};
 use super::plan::Side;
 use super::worker::Thread;
-use super::world::{Event, World};
+use super::world::World;
 
 /// How late pages are with [`Flaw::EndBeforePages`].
 const LATE: std::time::Duration = std::time::Duration::from_millis(3);

@@ -6,10 +6,11 @@ use ferry_engine::core::message::{Input, Inquirer, Reason, Step};
 use ferry_engine::vmm::GuestEvent;
 use ferry_stream::message::{AbortCode, Features, Message, Round, Run, Verdict, Welcome};
 
+use super::event::Event;
 use super::guest::{Content, Power, RunBy};
 use super::plan::{Fate, Mischief, Side};
 use super::worker::Thread;
-use super::world::{Event, World};
+use super::world::World;
 
 /// Questions of strangers are told from the source's own by their number.
 const STRANGER: u64 = 1 << 32;

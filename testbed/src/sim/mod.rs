@@ -8,6 +8,8 @@
 //! so whatever was found can be replayed with a trace.
 
 mod checks;
+mod end;
+mod event;
 mod flaw;
 mod guest;
 mod judge;

@@ -6,11 +6,12 @@ use ferry_engine::core::message::{Input, Inquirer};
 use ferry_stream::message::{Message, Verdict};
 
 use super::checks::Violation;
+use super::event::Event;
 use super::flaw::Flaw;
 use super::guest::RunBy;
 use super::plan::{Reach, Side};
 use super::worker::Thread;
-use super::world::{Event, World};
+use super::world::World;
 
 /// A lost control lane, as a side notices it.
 pub(super) const CONTROL_LANE: &str = "the control lane is gone";

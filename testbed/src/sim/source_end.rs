@@ -13,7 +13,7 @@ use super::guest::{Content, Power, RunBy, add};
 use super::link::{Lane, LaneJob};
 use super::plan::Side;
 use super::worker::{Job, Thread};
-use super::world::{Event, World};
+use super::world::World;
 
 const HERE: Side = Side::Source;
 
@@ -329,27 +329,4 @@ impl World {
 /// Stands for the CRC of the device state.
 pub(super) fn check_sum(device: u64) -> u32 {
     u32::try_from(device & 0xffff_ffff).expect("it is masked") ^ 0x5a5a_5a5a
-}
-
-impl Event {
-    /// A fact as an event, where it has a twin that may come late.
-    pub(super) fn twin(side: Side, input: &Input) -> Option<Self> {
-        let twin = match input {
-            Input::LanesOpen => Input::LanesOpen,
-            Input::StateOpen => Input::StateOpen,
-            Input::Flushed => Input::Flushed,
-            Input::Paused { at } => Input::Paused { at: *at },
-            Input::Sent(totals) => Input::Sent(*totals),
-            Input::Undone(Ok(state)) => Input::Undone(Ok(*state)),
-            Input::Retired => Input::Retired,
-            Input::TrackingStopped => Input::TrackingStopped,
-            Input::Prepared => Input::Prepared,
-            Input::Loaded => Input::Loaded,
-            Input::Resumed => Input::Resumed,
-            Input::Quit => Input::Quit,
-            Input::Journaled(record) => Input::Journaled(*record),
-            _ => return None,
-        };
-        Some(Self::Fact(side, twin))
-    }
 }

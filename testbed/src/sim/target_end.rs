@@ -4,12 +4,13 @@ use ferry_engine::core::message::{Action, Failure, Input, MayHaveRun, Outcome, R
 use ferry_stream::message::{Message, Run};
 
 use super::checks::{Ending, Violation, record_of, same_pages};
+use super::event::Event;
 use super::flaw::Flaw;
 use super::guest::{Power, RunBy};
 use super::plan::Side;
 use super::source_end::check_sum;
 use super::worker::{Job, Thread};
-use super::world::{Event, World};
+use super::world::World;
 
 const HERE: Side = Side::Target;
 

@@ -1,27 +1,23 @@
 //! The event loop: simulated time, both machines, and everything that happens to them in order.
 
-use std::cmp::{Ordering, Reverse};
-use std::collections::BinaryHeap;
 use std::mem;
 use std::time::Duration;
 
 use ferry_engine::core::layout::Layout;
-use ferry_engine::core::message::{
-    Action, Failure, Input, LaneTotals, Moment, Outcome, Phase, Record, Step,
-};
+use ferry_engine::core::message::{Action, Input, LaneTotals, Moment};
 use ferry_engine::core::source::Source;
 use ferry_engine::core::target::Target;
 use ferry_engine::vmm::{Inventory, RunState};
-use ferry_stream::message::{Message, Verdict};
 
 use super::Summary;
-use super::checks::{Ending, Violation, reason};
+use super::checks::{Ending, Truth, Violation, reason};
+use super::end::End;
+use super::event::{Agenda, Event};
 use super::flaw::Flaw;
-use super::guest::{Content, Memory, Tracker, Vm, layout};
-use super::link::{Frame, Lane, Pipe};
+use super::guest::{Content, Memory, RunBy, Tracker, Vm, layout};
+use super::link::Lane;
 use super::plan::{Mischief, Plan, Side, When};
 use super::rng::Rng;
-use super::worker::{Job, THREADS, Thread, Worker};
 
 /// A world that has not come to its end by then never will: bounds are milliseconds here.
 const END_OF_TIME: Duration = Duration::from_secs(5);
@@ -29,134 +25,10 @@ const END_OF_TIME: Duration = Duration::from_secs(5);
 /// Writes of a guest at the target before it has proved its point.
 const WRITES_AT_TARGET: u64 = 64;
 
-/// What happens.
-pub(super) enum Event {
-    /// A machine learns something.
-    Fact(Side, Input),
-    /// A thread has done its job.
-    Done(Side, Thread),
-    /// The source's worker of a lane has read and sent what it was at.
-    LaneSent(usize),
-    /// Something arrives on a lane.
-    LaneArrives(usize, Frame),
-    /// The target's worker of a lane has placed it.
-    LanePlaces(usize, Frame),
-    /// A message arrives on the control lane.
-    Arrives(Side, Message),
-    /// A side notices that a link is gone.
-    Notices(Side, &'static str),
-    /// A guest's vCPUs write.
-    Tick(Side),
-    /// A machine's deadline.
-    Wake(Side),
-    /// Mischief.
-    Mischief(Mischief),
-    /// A question arrives at the target.
-    AskArrives(u64),
-    /// A question ends.
-    AskEnds(u64, Option<Verdict>),
-}
-
-struct Scheduled {
-    at: Duration,
-    order: u64,
-    event: Event,
-}
-
-impl PartialEq for Scheduled {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Scheduled {}
-
-impl PartialOrd for Scheduled {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Scheduled {
-    fn cmp(&self, other: &Self) -> Ordering {
-        (self.at, self.order).cmp(&(other.at, other.order))
-    }
-}
-
-/// One end: a VM, and a driver with its threads.
-#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
-pub(super) struct End {
-    pub(super) vm: Vm,
-    pub(super) workers: [Worker; THREADS],
-    /// What the journal would say after a crash.
-    pub(super) journal: Option<Record>,
-    /// What it was last told to say.
-    pub(super) journal_told: Option<Record>,
-    /// What this end sends on the control lane.
-    pub(super) pipe: Pipe,
-    /// False once its control lane is known to be gone.
-    pub(super) reading: bool,
-    pub(super) lanes_closed: bool,
-    pub(super) lanes_lost: bool,
-    pub(super) outcome: Option<Outcome>,
-    /// Added to what it does next.
-    pub(super) frozen: Duration,
-    pub(super) ticking: bool,
-    wake: Option<Duration>,
-    phase: Option<Phase>,
-}
-
-impl End {
-    fn new(vm: Vm) -> Self {
-        Self {
-            vm,
-            workers: Default::default(),
-            journal: None,
-            journal_told: None,
-            pipe: Pipe::default(),
-            reading: true,
-            lanes_closed: false,
-            lanes_lost: false,
-            outcome: None,
-            frozen: Duration::ZERO,
-            ticking: false,
-            wake: None,
-            phase: None,
-        }
-    }
-}
-
-/// What the world knows and neither machine does: the oracle of the checks.
-#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
-#[derive(Default)]
-pub(super) struct Truth {
-    /// The guest as it was when Go was said.
-    pub(super) given: Option<(Memory, u64)>,
-    /// The target heard Go.
-    pub(super) go_heard: bool,
-    /// The source heard that the guest is its own again.
-    pub(super) given_back: bool,
-    /// A stranger changed the paused guest when nobody could know in time.
-    pub(super) spoilt: bool,
-    /// Something kept the two from talking, or the target from answering.
-    pub(super) silenced: bool,
-    /// How people want the guest, as far as the source has heard.
-    pub(super) wanted: Option<RunState>,
-    /// Something happened to the source's guest that came too late for its machine.
-    pub(super) late_fate: bool,
-    /// The source has begun to put things back.
-    pub(super) undoing: bool,
-    /// Tracking could not be ended, or the VMM not: said aloud by the engine.
-    pub(super) excused: bool,
-}
-
 /// The simulated world of one seed.
 pub(super) struct World {
     pub(super) now: Duration,
-    queue: BinaryHeap<Reverse<Scheduled>>,
-    scheduled: u64,
-    /// Events that are not guests at work: when there are none, nothing will change.
-    pending: usize,
+    agenda: Agenda,
     pub(super) steps: u64,
     pub(super) rng: Rng,
     pub(super) plan: Plan,
@@ -213,9 +85,7 @@ impl World {
         let ends = [Side::Source, Side::Target].map(|_| End::new(Vm::new(&layout, plan.pattern)));
         let mut world = Self {
             now: Duration::ZERO,
-            queue: BinaryHeap::new(),
-            scheduled: 0,
-            pending: 0,
+            agenda: Agenda::default(),
             steps: 0,
             rng,
             flaw,
@@ -265,7 +135,7 @@ impl World {
         }
         self.truth.wanted = Some(self.plan.guest);
         if self.plan.guest == RunState::Running {
-            self.let_run(Side::Source, super::guest::RunBy::Engine);
+            self.let_run(Side::Source, RunBy::Engine);
         }
         for (when, mischief) in mem::take(&mut self.plan.mischief) {
             match when {
@@ -288,16 +158,13 @@ impl World {
         self.settle(Side::Source)?;
         self.settle(Side::Target)?;
         while !self.is_over() {
-            let next = (self.pending > 0 && self.now < END_OF_TIME).then(|| self.queue.pop());
-            let Some(Reverse(next)) = next.flatten() else {
+            let next = (self.now < END_OF_TIME).then(|| self.agenda.next());
+            let Some((at, event)) = next.flatten() else {
                 return Err(self.stuck());
             };
-            self.now = next.at;
+            self.now = at;
             self.steps += 1;
-            if !matches!(next.event, Event::Tick(_)) {
-                self.pending -= 1;
-            }
-            self.happen(next.event)?;
+            self.happen(event)?;
             self.check_owners()?;
         }
         self.check_end()
@@ -346,37 +213,7 @@ impl World {
     }
 
     pub(super) fn schedule(&mut self, at: Duration, event: Event) {
-        self.scheduled += 1;
-        if !matches!(event, Event::Tick(_)) {
-            self.pending += 1;
-        }
-        self.queue.push(Reverse(Scheduled {
-            at: at.max(self.now),
-            order: self.scheduled,
-            event,
-        }));
-    }
-
-    /// Tells a machine something that a thread has found out, in the order of that thread.
-    pub(super) fn report(&mut self, side: Side, thread: Thread, input: Input) {
-        let delay = self.rng.micros(1..=20);
-        let now = self.now;
-        let told = &mut self.end(side).workers[thread as usize].told;
-        *told = (*told).max(now + delay);
-        let at = *told;
-        if self.plan.repeating > 0
-            && self.rng.once_in(self.plan.repeating)
-            && let Some(twin) = Event::twin(side, &input)
-        {
-            let late = self.rng.micros(1..=5000);
-            self.schedule(at + late, twin);
-        }
-        self.schedule(at, Event::Fact(side, input));
-    }
-
-    pub(super) fn failed(&mut self, side: Side, thread: Thread, step: Step) {
-        let failure = Failure::new(step, "so the seed has it");
-        self.report(side, thread, Input::Failed(failure));
+        self.agenda.schedule(at.max(self.now), event);
     }
 
     /// A machine takes a fact in, and what it orders is begun.
@@ -465,52 +302,6 @@ impl World {
         }
     }
 
-    /// Begins a job, or queues it behind the others of its thread.
-    pub(super) fn order(&mut self, side: Side, job: Job) {
-        let thread = job.thread();
-        self.end(side).workers[thread as usize].queue.push_back(job);
-        self.begin_next(side, thread);
-    }
-
-    pub(super) fn begin_next(&mut self, side: Side, thread: Thread) {
-        let worker = &mut self.end(side).workers[thread as usize];
-        if worker.busy || worker.queue.is_empty() {
-            return;
-        }
-        worker.busy = true;
-        if side == Side::Source {
-            self.source_begins(thread);
-        }
-        let frozen = mem::take(&mut self.end(side).frozen);
-        let takes = self.rng.micros(self.plan.work_us.clone()) + frozen;
-        self.after(takes, Event::Done(side, thread));
-    }
-
-    fn job_done(&mut self, side: Side, thread: Thread) -> Result<(), Violation> {
-        let worker = &mut self.end(side).workers[thread as usize];
-        if worker
-            .queue
-            .front()
-            .is_some_and(|job| matches!(job, Job::Load))
-            && !self.load_can_end()
-        {
-            self.end(side).workers[thread as usize].parked = true;
-            return Ok(());
-        }
-        let worker = &mut self.end(side).workers[thread as usize];
-        worker.busy = false;
-        worker.parked = false;
-        let Some(job) = worker.queue.pop_front() else {
-            return Ok(());
-        };
-        match side {
-            Side::Source => self.source_does(job),
-            Side::Target => self.target_does(job)?,
-        }
-        self.begin_next(side, thread);
-        Ok(())
-    }
-
     fn tick(&mut self, side: Side) {
         self.end(side).ticking = false;
         let done = side == Side::Target && self.writes_at_target > WRITES_AT_TARGET;
@@ -533,17 +324,12 @@ impl World {
     }
 
     /// Lets a guest run and keeps it busy.
-    pub(super) fn let_run(&mut self, side: Side, by: super::guest::RunBy) {
+    pub(super) fn let_run(&mut self, side: Side, by: RunBy) {
         self.end(side).vm.run(by);
         if self.at(side).vm.runs() && !mem::replace(&mut self.end(side).ticking, true) {
             let span = self.rng.micros(1..=50);
             self.after(span, Event::Tick(side));
         }
-    }
-
-    /// True when chance has this job fail.
-    pub(super) fn fails(&mut self) -> bool {
-        self.plan.failing > 0 && self.rng.once_in(self.plan.failing)
     }
 
     pub(super) fn note(&mut self, line: impl FnOnce() -> String) {
