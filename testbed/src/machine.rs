@@ -14,6 +14,23 @@ pub enum Accel {
     Kvm,
 }
 
+impl Accel {
+    /// KVM, for a test to run under. Where this machine has none the test is told aloud to be left
+    /// out.
+    ///
+    /// # Panics
+    ///
+    /// Without KVM under CI, where no test is left out.
+    pub fn kvm() -> Option<Self> {
+        if Path::new("/dev/kvm").exists() {
+            return Some(Self::Kvm);
+        }
+        assert!(std::env::var_os("CI").is_none(), "CI needs /dev/kvm");
+        eprintln!("NOT TESTED: this machine has no /dev/kvm");
+        None
+    }
+}
+
 /// Where guest RAM lies. All but the first need the right to mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
