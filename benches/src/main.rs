@@ -32,6 +32,10 @@ struct Args {
     /// The ways to compare: ferry, precopy, multifd:CHANNELS
     #[arg(long, value_delimiter = ',', default_value = "ferry,precopy")]
     peers: Vec<Peer>,
+    /// Fail when ferry loses a page, its median total is above that of the others' best, or its median
+    /// blackout is above so many ms
+    #[arg(long, value_name = "MS")]
+    check: Option<f64>,
     /// Write every run to this file, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
@@ -41,10 +45,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
     let comparison = compare(&args)?;
     print!("{}", comparison.table());
-    if let Some(path) = args.json {
+    if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_vec_pretty(&comparison)?)?;
     }
-    Ok(())
+    match args
+        .check
+        .and_then(|limit_ms| comparison.falls_short(limit_ms))
+    {
+        Some(why) => Err(why.into()),
+        None => Ok(()),
+    }
 }
 
 fn compare(args: &Args) -> Result<Comparison, TestbedError> {

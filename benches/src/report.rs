@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use crate::course::{Conditions, Measured};
+use crate::peer::Peer;
 
 /// All runs of one way.
 #[derive(Clone, Debug, Serialize)]
@@ -52,6 +53,40 @@ impl Spread {
 }
 
 impl Comparison {
+    /// Why ferry is not good enough, if it is not: a page lost, a median total above the best of the
+    /// others', or a median blackout above `blackout_limit_ms`.
+    pub fn falls_short(&self, blackout_limit_ms: f64) -> Option<String> {
+        let median = |series: &Series, of: fn(&Measured) -> f64| {
+            Spread::of(series.runs.iter().map(of)).map_or(f64::INFINITY, |spread| spread.median)
+        };
+        let (ours, others): (Vec<_>, Vec<_>) = self
+            .series
+            .iter()
+            .partition(|series| series.peer == Peer::Ferry.to_string());
+        let best = others
+            .iter()
+            .map(|series| median(series, |run| run.total_ms));
+        let best = best.fold(f64::INFINITY, f64::min);
+        ours.iter().find_map(|series| {
+            let bad: u64 = series.runs.iter().map(|run| run.bad).sum();
+            let total = median(series, |run| run.total_ms);
+            let blackout = median(series, |run| run.blackout_ms);
+            if bad > 0 {
+                Some(format!("{bad} bad pages"))
+            } else if total > best {
+                Some(format!(
+                    "total {total:.1} ms, the best of the others {best:.1} ms"
+                ))
+            } else if blackout > blackout_limit_ms {
+                Some(format!(
+                    "blackout {blackout:.1} ms, allowed {blackout_limit_ms:.1} ms"
+                ))
+            } else {
+                None
+            }
+        })
+    }
+
     /// The table for people: medians, with minimum and maximum in brackets.
     pub fn table(&self) -> String {
         let mut text = String::new();
@@ -90,6 +125,40 @@ impl Comparison {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn series(peer: Peer, total_ms: f64, blackout_ms: f64, bad: u64) -> Series {
+        let run = Measured {
+            total_ms,
+            blackout_ms,
+            brownout_ms: 0.0,
+            bad,
+        };
+        Series {
+            peer: peer.to_string(),
+            runs: vec![run],
+        }
+    }
+
+    #[test]
+    fn tells_what_falls_short() {
+        let conditions = Conditions {
+            guest_mib: 1,
+            data_mib: 1,
+            writes_per_s: 0,
+            downtime_limit_ms: 1,
+            preallocated: true,
+        };
+        let verdict = |total, blackout, bad| {
+            let ours = series(Peer::Ferry, total, blackout, bad);
+            let theirs = series(Peer::QemuPrecopy, 10.0, 1.0, 0);
+            let series = vec![ours, theirs];
+            Comparison { conditions, series }.falls_short(5.0)
+        };
+        assert_eq!(verdict(10.0, 5.0, 0), None);
+        assert!(verdict(10.1, 5.0, 0).unwrap().contains("total"));
+        assert!(verdict(10.0, 5.1, 0).unwrap().contains("blackout"));
+        assert!(verdict(1.0, 1.0, 1).unwrap().contains("bad"));
+    }
 
     #[test]
     fn spreads() {

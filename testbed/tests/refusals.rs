@@ -407,7 +407,12 @@ fn pairs_that_do_not_fit() {
     let source = machine().node(32).start().unwrap();
     let before = state(&source);
     let two_nodes = || Machine::new(QemuVersion::V10_0, 64).tiny();
-    let cases: [(Machine, &[&str]); 4] = [
+    let cases: [(Machine, &[&str]); 5] = [
+        // All that differs is told together.
+        (
+            two_nodes().node(64).kind("pc-i440fx-7.2"),
+            &["pc-i440fx-7.2", "ram1", "33554432", "67108864"],
+        ),
         (
             two_nodes().node(32).kind("pc-i440fx-7.2"),
             &[

@@ -75,6 +75,9 @@ pub enum Reason {
     /// The RAM layouts differ.
     #[error("RAM differs: {}", list(.0))]
     Layout(Vec<LayoutDifference>),
+    /// More than one of these at once, told together.
+    #[error("{}", several(.0))]
+    Several(Vec<Reason>),
     /// A region list that is no layout.
     #[error("the peer's RAM layout is impossible")]
     BadLayout(#[source] crate::core::layout::LayoutError),
@@ -170,6 +173,11 @@ pub fn in_full(error: &dyn StdError) -> String {
     text
 }
 
+fn several(reasons: &[Reason]) -> String {
+    let lines: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+    lines.join("; ")
+}
+
 fn list(differences: &[LayoutDifference]) -> String {
     let lines: Vec<String> = differences.iter().map(ToString::to_string).collect();
     lines.join("; ")
@@ -207,6 +215,10 @@ impl Reason {
             Self::Version { .. } => AbortCode::Version,
             Self::Machine { .. } => AbortCode::Machine,
             Self::Layout(_) | Self::InventoryChanged { .. } => AbortCode::Layout,
+            Self::Several(reasons) => {
+                let first = reasons.first().map(Self::abort_code);
+                first.unwrap_or(AbortCode::Internal)
+            }
             Self::GuestGone { .. }
             | Self::TargetGone { .. }
             | Self::GuestShutDown

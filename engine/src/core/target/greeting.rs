@@ -34,11 +34,13 @@ impl Shared {
             what,
             phase: Phase::Waiting,
         })?;
-        self.check_machine(&offer)?;
-        let layout = parse_layout(&offer)?;
-        let differences = layout.differences(&self.inventory.layout);
+        let mut reasons = self.machine_differences(&offer);
+        let differences = parse_layout(&offer)?.differences(&self.inventory.layout);
         if !differences.is_empty() {
-            return Err(Reason::Layout(differences));
+            reasons.push(Reason::Layout(differences));
+        }
+        if let Some(last) = reasons.pop() {
+            return Err(together(reasons, last));
         }
         let lanes = offer.lanes.clamp(1, self.config.lanes.max(1));
         Ok(Welcome {
@@ -48,17 +50,15 @@ impl Shared {
         })
     }
 
-    fn check_machine(&self, offer: &Offer) -> Result<(), Reason> {
+    fn machine_differences(&self, offer: &Offer) -> Vec<Reason> {
         let here = &self.inventory;
-        for (theirs, ours) in [(&offer.arch, &here.arch), (&offer.machine, &here.machine)] {
-            if theirs != ours {
-                return Err(Reason::Machine {
-                    ours_or_source: theirs.clone(),
-                    theirs_or_target: ours.clone(),
-                });
-            }
-        }
-        Ok(())
+        let pairs = [(&offer.arch, &here.arch), (&offer.machine, &here.machine)];
+        let different = pairs.iter().filter(|(theirs, ours)| theirs != ours);
+        let reasons = different.map(|(theirs, ours)| Reason::Machine {
+            ours_or_source: (*theirs).clone(),
+            theirs_or_target: (*ours).clone(),
+        });
+        reasons.collect()
     }
 
     /// Not a source that can be served: nothing was changed here.
@@ -69,6 +69,15 @@ impl Shared {
             guest: GuestLeft::Untouched,
         })
     }
+}
+
+/// All that does not fit, as one reason.
+fn together(mut reasons: Vec<Reason>, last: Reason) -> Reason {
+    if reasons.is_empty() {
+        return last;
+    }
+    reasons.push(last);
+    Reason::Several(reasons)
 }
 
 fn parse_layout(offer: &Offer) -> Result<Layout, Reason> {
