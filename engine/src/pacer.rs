@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 const BURST: Duration = Duration::from_millis(10);
 
 /// 1 MiB in bytes.
-const MIB: NonZeroU64 = NonZeroU64::new(1 << 20).unwrap();
+const MIB: NonZeroU64 = NonZeroU64::new(1 << 20).expect("a MiB is not zero");
 
 /// A shared limit of bytes a second.
 #[derive(Debug)]

@@ -1,5 +1,6 @@
 //! `ferry migrate`.
 
+use std::num::NonZeroU16;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,10 @@ use crate::args::Migrate;
 use crate::ending::{Refusal, Teller};
 use crate::interrupts::Interrupts;
 use crate::{host, progress};
+
+/// Page lanes: with two, one reads and copies while the other's bytes are on their way. Measured on 2
+/// cores over loopback, a guest with 1 GiB of data: 862 ms over one lane, 642 ms over two.
+const PAGE_LANES: NonZeroU16 = NonZeroU16::new(2).expect("two is not zero");
 
 /// How long the target may take to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -46,6 +51,7 @@ async fn start(args: &Migrate) -> Result<Job, Refusal> {
     let connector = Arc::new(TcpConnector::new(address.to_string(), CONNECT_LIMIT));
     let journal = host::journal(qemu.process(), &args.common);
     let mut source = Migration::source(vm, connector, args.target.to_string(), journal)
+        .with_lanes(PAGE_LANES)
         .with_mode(if args.live { Mode::Live } else { Mode::Paused })
         .with_downtime_limit(args.downtime_limit())
         .with_bandwidth(
