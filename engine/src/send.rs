@@ -94,10 +94,20 @@ pub(crate) struct Driver {
     /// Connections that are being opened; they end with the driver.
     opening: JoinSet<()>,
     retire: Retire,
+    left: Left,
     vm: Worker<VmSide>,
     tracker: Worker<TrackSide>,
     flusher: Worker<Flush>,
     journal: Worker<Journal>,
+}
+
+/// What the VMM here can still do with a guest that has moved.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Left {
+    /// It may be there, and could be resumed or moved again: its journal must forbid that.
+    Perhaps,
+    /// It is known to have ended.
+    Ended,
 }
 
 /// What the driver waits for.
@@ -151,6 +161,7 @@ impl Driver {
             ticks: ticks(),
             opening: JoinSet::new(),
             retire: parts.retire,
+            left: Left::Perhaps,
         })
     }
 
@@ -189,6 +200,9 @@ impl Driver {
         match event {
             Event::Fact(at, input) => {
                 tracing::debug!(at = ?at.0, ?input, phase = ?self.machine.phase(), "fact");
+                if matches!(input, Input::Retired) && self.retire == Retire::Quit {
+                    self.left = Left::Ended;
+                }
                 self.machine.handle(at, input);
             }
             Event::Command(command) => {
@@ -363,13 +377,17 @@ impl Driver {
         self.sink.close();
         self.control.finish(PARTING).await;
         let senders = std::mem::take(&mut *lock(&self.senders));
-        let in_doubt = matches!(outcome, Outcome::InDoubt { .. });
-        let keeps_journal =
-            in_doubt || self.retire == Retire::LeaveStopped && outcome_moved(&outcome);
-        let (vm, tracker, flusher, journal) = (self.vm, self.tracker, self.flusher, self.journal);
+        let keeps_journal = match outcome {
+            Outcome::Moved => self.left == Left::Perhaps,
+            Outcome::Kept { .. } => false,
+            Outcome::InDoubt { .. } => true,
+        };
+        let (vm, tracker, journal) = (self.vm, self.tracker, self.journal);
+        // Nothing depends on a flush, and storage that hangs would keep the end from being told.
+        drop(self.flusher);
         let ended = tokio::task::spawn_blocking(move || {
             senders.join();
-            drop((vm.finish(), tracker.finish(), flusher.finish()));
+            drop((vm.finish(), tracker.finish()));
             let journal = journal.finish();
             if !keeps_journal && let Some(journal) = journal {
                 return journal.remove();
@@ -381,10 +399,6 @@ impl Driver {
         }
         Finished { outcome, report }
     }
-}
-
-fn outcome_moved(outcome: &Outcome) -> bool {
-    matches!(outcome, Outcome::Moved)
 }
 
 pub(crate) fn order_journal(journal: &Worker<Journal>, record: Record) {
