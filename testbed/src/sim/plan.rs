@@ -235,6 +235,7 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
         limits: SourceLimits {
             greeting: ms(20),
             preparing: ms(60),
+            flushing: ms(5),
             stopping: ms(30),
             draining: ms(60),
             offering: ms(60),

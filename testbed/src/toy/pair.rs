@@ -170,6 +170,7 @@ fn source_limits() -> SourceLimits {
     SourceLimits {
         greeting: PATIENCE,
         preparing: PATIENCE,
+        flushing: PATIENCE,
         stopping: PATIENCE,
         draining: PATIENCE,
         offering: PATIENCE,

@@ -35,6 +35,8 @@ pub struct SourceLimits {
     pub greeting: Duration,
     /// For the target to blank its RAM, and for the page lanes to stand.
     pub preparing: Duration,
+    /// For a flush of the disk images, before the guest is stopped without it.
+    pub flushing: Duration,
     /// For the guest to stop.
     pub stopping: Duration,
     /// For pages that stand still, and for the device state to be saved.
@@ -54,6 +56,7 @@ impl Default for SourceLimits {
         Self {
             greeting: Duration::from_secs(10),
             preparing: Duration::from_secs(300),
+            flushing: Duration::from_secs(5),
             stopping: Duration::from_secs(30),
             draining: Duration::from_secs(60),
             offering: Duration::from_secs(60),

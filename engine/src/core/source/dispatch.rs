@@ -3,7 +3,7 @@
 
 use ferry_stream::message::Message;
 
-use super::{Link, Shared, State};
+use super::{Flush, Link, Shared, State};
 use crate::core::message::{Failure, Input, Reason, Record, Step};
 
 impl Shared {
@@ -37,7 +37,7 @@ impl Shared {
                 state
             }
             Input::Flushed => {
-                self.flushing = false;
+                self.flush = Flush::None;
                 state.go_on(self)
             }
             Input::Paused { at } if state.is_copying() => {

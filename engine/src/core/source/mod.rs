@@ -86,9 +86,18 @@ struct Shared {
     /// When the engine paused the guest for a copy, if it did.
     held: Option<Moment>,
     hold_ordered: bool,
-    flushing: bool,
+    flush: Flush,
     link: Link,
     floor_told: bool,
+}
+
+/// The flush of the guest's disk images.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Flush {
+    None,
+    UnderWay,
+    /// Under way for so long that nobody waits for it any more.
+    Hanging,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -119,7 +128,7 @@ impl Source {
             wanted: guest,
             held: None,
             hold_ordered: false,
-            flushing: false,
+            flush: Flush::None,
             link: Link::Up,
             floor_told: false,
             config,
@@ -169,6 +178,11 @@ impl Source {
             let state = mem::replace(&mut self.state, State::Ended);
             self.state = match state {
                 State::Asking(asking) => asking.ask_again(&mut self.shared),
+                // Only a flush bounds it.
+                State::Collecting(collecting) => {
+                    self.shared.flush = Flush::Hanging;
+                    collecting.go_on(&mut self.shared)
+                }
                 state => {
                     let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
                     let reason = Reason::TimedOut {
@@ -229,7 +243,6 @@ impl State {
     fn trouble(self, shared: &mut Shared, reason: Reason) -> Self {
         match self {
             Self::Greeting => shared.refuse(no_ferry(reason)),
-            Self::Giving(giving) => giving.trouble(shared, reason),
             Self::Given(given) => given.trouble(shared, reason),
             Self::Asking(asking) => asking.trouble(shared, &reason),
             Self::Leaving(leaving) => leaving.trouble(shared, &reason),
@@ -241,7 +254,8 @@ impl State {
             | Self::Collecting(_)
             | Self::Stopping(_)
             | Self::Draining(_)
-            | Self::Offering(_) => shared.undo(reason),
+            | Self::Offering(_)
+            | Self::Giving(_) => shared.undo(reason),
         }
     }
 

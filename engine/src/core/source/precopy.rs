@@ -3,7 +3,7 @@
 use ferry_stream::message::{Features, Message, Mode, Versions, Welcome};
 
 use super::round::{InFlight, Settled};
-use super::{Shared, State};
+use super::{Flush, Shared, State};
 use crate::core::converge::Verdict;
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{Action, Input, Moment, Notice, Phase, Reason, Record};
@@ -122,8 +122,8 @@ impl Shared {
 
     /// Keeps dirty caches of disk images small, so that the pause finds nothing to write.
     fn order_flush(&mut self) {
-        if !self.flushing {
-            self.flushing = true;
+        if self.flush == Flush::None {
+            self.flush = Flush::UnderWay;
             self.actions.push_back(Action::Flush);
         }
     }
@@ -190,10 +190,11 @@ impl Collecting {
         }
     }
 
-    /// Nothing is waited for any more: a flush has ended, or the guest stands.
+    /// Nothing is waited for any more: a flush has ended or takes too long, or the guest stands.
     pub(super) fn go_on(mut self, shared: &mut Shared) -> State {
         if self.awaits == Awaits::Flush {
             self.awaits = Awaits::Pages;
+            shared.unbound();
             shared.collect(Rearm::Yes);
         }
         State::Collecting(self)
@@ -217,10 +218,13 @@ impl Shared {
         match self.verdict(dirty.len()) {
             // The pause would wait for the flush, with the guest standing. Further rounds would only
             // pass the time.
-            Verdict::Stop if self.flushing => State::Collecting(Collecting {
-                before: Some(dirty),
-                awaits: Awaits::Flush,
-            }),
+            Verdict::Stop if self.flush == Flush::UnderWay => {
+                self.bound(self.config.limits.flushing);
+                State::Collecting(Collecting {
+                    before: Some(dirty),
+                    awaits: Awaits::Flush,
+                })
+            }
             Verdict::Stop => self.stop(dirty),
             Verdict::GiveUp if self.timeout.is_none() && !self.hold_ordered => {
                 let reason = self.not_converging(dirty.len());

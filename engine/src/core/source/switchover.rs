@@ -8,9 +8,7 @@ use ferry_stream::message::{Message, Verdict};
 
 use super::round::{InFlight, Settled};
 use super::{Shared, State};
-use crate::core::message::{
-    Action, Failure, Input, Moment, Notice, Outcome, Reason, Record, Step, run_order,
-};
+use crate::core::message::{Action, Input, Moment, Notice, Outcome, Reason, Record, run_order};
 use crate::core::pageset::PageSet;
 use crate::vmm::{Inventory, Rearm};
 
@@ -196,37 +194,21 @@ impl Offering {
         }
         shared.unbound();
         shared.journal(Record::Given);
-        State::Giving(Giving { trouble: None })
+        State::Giving(Giving)
     }
 }
 
-/// "Given" is being written. Go has not been said: trouble can still keep the guest, as soon as the
-/// journal is at rest.
-pub(super) struct Giving {
-    trouble: Option<Reason>,
-}
+/// "Given" is being written. Go has not been said, so trouble keeps the guest, and at once: a journal
+/// that hangs must not hold a guest that stands. Records are written in order, so "kept" comes after
+/// a "given" that is still written.
+pub(super) struct Giving;
 
 impl Giving {
     pub(super) fn handle(self, shared: &mut Shared, input: &Input) -> State {
-        match (input, self.trouble) {
-            (Input::Journaled(Record::Given), Some(reason)) => shared.undo(reason),
-            (Input::Journaled(Record::Given), None) => shared.go(),
-            (input, trouble) => shared.unexpected(State::Giving(Self { trouble }), input),
+        match input {
+            Input::Journaled(Record::Given) => shared.go(),
+            input => shared.unexpected(State::Giving(self), input),
         }
-    }
-
-    pub(super) fn trouble(self, shared: &mut Shared, reason: Reason) -> State {
-        // Nothing was said to the target, so a journal that cannot be written gives nothing away.
-        if let Reason::Failed(Failure {
-            step: Step::Journal,
-            ..
-        }) = reason
-        {
-            return shared.undo(reason);
-        }
-        State::Giving(Self {
-            trouble: self.trouble.or(Some(reason)),
-        })
     }
 }
 

@@ -38,7 +38,7 @@ fn a_guest_that_ends_is_kept_until_go_and_gone_after_it() {
         for event in ends() {
             let mut bench = Bench::at(phase);
             let orders = bench.tell(Input::Guest(event));
-            gives_up(&mut bench, &orders);
+            gives_up(&bench, &orders);
         }
     }
     for phase in AFTER_GO {
@@ -60,7 +60,7 @@ fn a_reset_is_copied_like_any_write_but_spoils_a_switchover() {
     for phase in [Phase::Draining, Phase::Offering, Phase::Giving] {
         let mut bench = Bench::at(phase);
         let orders = bench.tell(Input::Guest(GuestEvent::Reset));
-        gives_up(&mut bench, &orders);
+        gives_up(&bench, &orders);
     }
 }
 
@@ -91,7 +91,7 @@ fn somebody_elses_resume_spoils_a_switchover_and_is_undone_after_go() {
     ] {
         let mut bench = Bench::at(phase);
         let orders = bench.tell(Input::Guest(GuestEvent::ForeignResume));
-        gives_up(&mut bench, &orders);
+        gives_up(&bench, &orders);
     }
     for phase in AFTER_GO {
         let mut bench = Bench::at(phase);
@@ -106,7 +106,7 @@ fn cancel_keeps_the_guest_until_go_and_is_too_late_after_it() {
     for phase in BEFORE_GO {
         let mut bench = Bench::at(phase);
         let orders = bench.tell(Input::Command(Command::Cancel));
-        gives_up(&mut bench, &orders);
+        gives_up(&bench, &orders);
         assert_eq!(bench.undone(), ["finish kept, Running: cancelled"]);
     }
     let mut bench = Bench::at(Phase::Given);
@@ -125,7 +125,7 @@ fn a_message_at_the_wrong_time_ends_it_before_go_and_raises_the_question_after()
     for phase in BEFORE_GO {
         let mut bench = Bench::at(phase);
         let orders = bench.tell(Input::Received(Message::Inquire));
-        gives_up(&mut bench, &orders);
+        gives_up(&bench, &orders);
     }
     let mut bench = Bench::at(Phase::Given);
     assert_eq!(bench.tell(Input::Received(Message::Ready)), ["tell", "Ask"]);
@@ -152,7 +152,7 @@ fn a_round_that_both_count_differently_ends_it() {
     let mut bench = Bench::at(Phase::Copying);
     bench.tell(sent(1, 3));
     let orders = bench.tell(done(1, 2));
-    gives_up(&mut bench, &orders);
+    gives_up(&bench, &orders);
     let end = bench.undone();
     assert_eq!(
         end,
@@ -166,7 +166,7 @@ fn hardware_that_changed_keeps_the_guest() {
     let mut now = inventory();
     now.devices.push("disk1".into());
     let orders = bench.tell(Input::Inventoried(Box::new(now)));
-    gives_up(&mut bench, &orders);
+    gives_up(&bench, &orders);
 }
 
 #[test]
@@ -175,6 +175,15 @@ fn a_given_record_that_cannot_be_written_gives_nothing_away() {
     let orders = bench.tell(failure(Step::Journal));
     assert!(!orders.contains(&"send Go".to_owned()));
     assert_eq!(bench.machine.phase(), Phase::Undoing);
+}
+
+#[test]
+fn trouble_while_given_is_written_does_not_wait_for_the_journal() {
+    let mut bench = Bench::at(Phase::Giving);
+    let orders = bench.tell(lost());
+    assert!(orders.contains(&"Undo { guest: Running }".to_owned()));
+    assert_eq!(bench.tell(Input::Journaled(Record::Given)), [""; 0]);
+    assert!(bench.undone()[0].starts_with("finish kept, Running"));
 }
 
 #[test]
@@ -243,7 +252,7 @@ fn rounds_that_do_not_shrink_keep_the_guest_where_nothing_else_is_allowed() {
         bench.tell(fact);
     }
     let orders = bench.tell(Input::Collected { found: pages(9) });
-    gives_up(&mut bench, &orders);
+    gives_up(&bench, &orders);
     assert!(bench.undone()[0].contains("not converging"));
 }
 
@@ -430,4 +439,16 @@ fn a_flush_under_way_is_waited_for_without_another_round() {
         let orders = bench.tell(Input::Collected { found: pages(1) });
         assert_eq!(orders, ["Pause(Switchover)"]);
     }
+}
+
+#[test]
+fn a_flush_that_hangs_is_not_waited_for_twice() {
+    let mut bench = Bench::at(Phase::Copying);
+    bench.tell(sent(1, 3));
+    bench.tell(done(1, 3));
+    let found = || Input::Collected { found: pages(2) };
+    assert_eq!(bench.tell(found()), [""; 0]);
+    assert_eq!(bench.wait(), ["collect, rearm Yes"]);
+    assert_eq!(bench.machine.poll_timeout(), None);
+    assert_eq!(bench.tell(found()), ["Pause(Switchover)"]);
 }
