@@ -3,6 +3,8 @@
 //! Every VM has a journal at a fixed place, so that an engine that comes after a dead one finds it.
 //! It is one small file, written in place: two slots, written in turn, each with a number and a
 //! checksum. A crash in the middle of a write leaves the other slot, which is what was true before.
+//! Only a file of zeros says nothing; one that cannot be understood may say that the guest is not
+//! here any more.
 //! The file is allocated when the journal is opened, so a full disk shows then and not at the
 //! hand-over. Its lock keeps two engines from moving one guest at the same time.
 
@@ -15,6 +17,7 @@ use ferry_stream::message::SessionId;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 
 use crate::core::message::Record;
+use crate::vmm::RunState;
 
 /// Bytes in a slot: one sector, which a disk writes whole or not at all.
 const SLOT_BYTES: usize = 512;
@@ -37,6 +40,9 @@ pub struct Entry {
     pub record: Record,
     /// Where the other engine is, for people and for a later engine that has to ask it.
     pub peer: String,
+    /// In which state people want the guest, whatever the engine did with it; at the target, which
+    /// is told at the end, nothing.
+    pub wanted: Option<RunState>,
 }
 
 impl Entry {
@@ -67,6 +73,16 @@ pub enum JournalError {
         /// The journal.
         path: PathBuf,
     },
+    /// There is something in it, and nobody can say what.
+    #[error(
+        "the journal {} is damaged or of another version of ferry, and may say that the guest was \
+         given away: if that version is at hand, let it say; otherwise make sure that the guest does \
+         not run anywhere else, and then remove the journal", path.display()
+    )]
+    Unreadable {
+        /// The journal.
+        path: PathBuf,
+    },
     /// An earlier migration was not resolved.
     #[error(
         "the guest was given away by an earlier migration, session {session} to {peer}, and must \
@@ -92,6 +108,7 @@ pub struct Journal {
     last: Option<Entry>,
     session: SessionId,
     peer: String,
+    wanted: Option<RunState>,
     /// The name may be another engine's journal by now.
     is_removed: bool,
 }
@@ -100,7 +117,8 @@ impl Journal {
     /// Opens the journal `name` in `folder`, both made when they do not exist, for one side of the
     /// migration `session` with the engine at `peer`.
     ///
-    /// Refused while another engine holds it, or when the guest was given away before.
+    /// Refused while another engine holds it, when the guest was given away before, or when what it
+    /// says cannot be understood.
     pub fn open(
         folder: &Path,
         name: &str,
@@ -116,7 +134,10 @@ impl Journal {
             .map_err(failed("making its folder"))?;
         let file = open_locked(&path)?;
         allocate(&file, folder).map_err(failed("allocating"))?;
-        let (number, last) = newest(&file).map_err(failed("reading"))?;
+        let slots = read(&file).map_err(failed("reading"))?;
+        let Some((number, last)) = newest(slots) else {
+            return Err(JournalError::Unreadable { path });
+        };
         if let Some(entry) = last.as_ref().filter(|entry| entry.forbids_migration()) {
             let (session, peer) = (entry.session, entry.peer.clone());
             return Err(JournalError::InDoubt {
@@ -133,6 +154,7 @@ impl Journal {
             last,
             session,
             peer,
+            wanted: None,
             is_removed: false,
         })
     }
@@ -153,12 +175,18 @@ impl Journal {
         shorten(peer).clone_into(&mut self.peer);
     }
 
+    /// In which state people want the guest, from the next record on.
+    pub(crate) fn set_wanted(&mut self, wanted: RunState) {
+        self.wanted = Some(wanted);
+    }
+
     /// Writes `record`, and returns when it would survive a crash.
     pub(crate) fn write(&mut self, record: Record) -> Result<(), JournalError> {
         let entry = Entry {
             session: self.session,
             record,
             peer: self.peer.clone(),
+            wanted: self.wanted,
         };
         let number = self.number + 1;
         let slot = encode(number, &entry);
@@ -181,8 +209,8 @@ impl Journal {
 }
 
 impl Drop for Journal {
-    /// A journal that says nothing is not left behind. The lock is still held, so it is nobody
-    /// else's.
+    /// A journal that says nothing is not left behind: it was all zeros when it was opened. The lock
+    /// is still held, so it is nobody else's.
     fn drop(&mut self) {
         if self.last.is_none() && !self.is_removed {
             _ = fs::remove_file(&self.path);
@@ -241,18 +269,34 @@ fn allocate(file: &File, folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The newest slot whose checksum fits.
-fn newest(file: &File) -> io::Result<(u64, Option<Entry>)> {
-    let mut newest = (0, None);
-    for slot in 0..SLOTS {
+fn read(file: &File) -> io::Result<Vec<Slot>> {
+    let slot = |index| {
         let mut bytes = [0; SLOT_BYTES];
-        file.read_exact_at(&mut bytes, slot * SLOT_BYTES as u64)?;
-        match decode(&bytes) {
-            Some((number, entry)) if number > newest.0 => newest = (number, Some(entry)),
-            _ => {}
+        file.read_exact_at(&mut bytes, index * SLOT_BYTES as u64)?;
+        Ok(decode(&bytes))
+    };
+    (0..SLOTS).map(slot).collect()
+}
+
+/// What the slots say together; nothing when that cannot be told.
+///
+/// One torn slot beside a whole one is the write in which an engine died: the other holds what was
+/// true until then. Alone it may have said anything.
+fn newest(slots: Vec<Slot>) -> Option<(u64, Option<Entry>)> {
+    let is_torn = slots.iter().any(|slot| matches!(slot, Slot::Torn));
+    let mut newest = None;
+    for slot in slots {
+        match slot {
+            Slot::Foreign => return None,
+            Slot::Whole { number, entry }
+                if newest.as_ref().is_none_or(|(last, _)| number > *last) =>
+            {
+                newest = Some((number, Some(entry)));
+            }
+            Slot::Whole { .. } | Slot::Blank | Slot::Torn => {}
         }
     }
-    Ok(newest)
+    newest.or_else(|| (!is_torn).then_some((0, None)))
 }
 
 fn shorten(peer: &str) -> &str {
@@ -263,8 +307,11 @@ fn shorten(peer: &str) -> &str {
     &peer[..end]
 }
 
-// A slot: magic (4), version u16, record u8, 0, number u64, session (16), length of the peer u16, the
-// peer, zeros, and in the last four bytes the CRC32 of all before. Little-endian.
+// A slot: magic (4), version u16, record u8, wanted state u8, number u64, session (16), length of the
+// peer u16, the peer, zeros, and in the last four bytes the CRC32 of all before. Little-endian.
+const VERSION_AT: usize = 4;
+const RECORD_AT: usize = 6;
+const WANTED_AT: usize = 7;
 const NUMBER_AT: usize = 8;
 const SESSION_AT: usize = 16;
 const PEER_AT: usize = 34;
@@ -274,8 +321,9 @@ fn encode(number: u64, entry: &Entry) -> [u8; SLOT_BYTES] {
     let mut slot = [0; SLOT_BYTES];
     let peer = entry.peer.as_bytes();
     slot[..4].copy_from_slice(&MAGIC);
-    slot[4..6].copy_from_slice(&VERSION.to_le_bytes());
-    slot[6] = record_number(entry.record);
+    slot[VERSION_AT..RECORD_AT].copy_from_slice(&VERSION.to_le_bytes());
+    slot[RECORD_AT] = record_number(entry.record);
+    slot[WANTED_AT] = wanted_number(entry.wanted);
     slot[NUMBER_AT..NUMBER_AT + 8].copy_from_slice(&number.to_le_bytes());
     slot[SESSION_AT..SESSION_AT + 16].copy_from_slice(&entry.session.0);
     let length = u16::try_from(peer.len()).expect("a peer is shortened to MAX_PEER");
@@ -286,27 +334,64 @@ fn encode(number: u64, entry: &Entry) -> [u8; SLOT_BYTES] {
     slot
 }
 
-/// The entry of a slot; nothing when it was never written, or not to its end.
-fn decode(slot: &[u8; SLOT_BYTES]) -> Option<(u64, Entry)> {
-    let crc = u32::from_le_bytes(slot[CRC_AT..].try_into().ok()?);
-    let version = u16::from_le_bytes(slot[4..6].try_into().ok()?);
-    if slot[..4] != MAGIC || version != VERSION || crc != crc32fast::hash(&slot[..CRC_AT]) {
-        return None;
+/// What is in a slot.
+enum Slot {
+    /// It was never written.
+    Blank,
+    /// It was not written to its end, or is damaged.
+    Torn,
+    /// It was written by another version.
+    Foreign,
+    Whole {
+        number: u64,
+        entry: Entry,
+    },
+}
+
+fn decode(slot: &[u8; SLOT_BYTES]) -> Slot {
+    if slot.iter().all(|byte| *byte == 0) {
+        return Slot::Blank;
     }
+    if slot[..VERSION_AT] != MAGIC {
+        return Slot::Torn;
+    }
+    if slot[VERSION_AT..RECORD_AT] != VERSION.to_le_bytes() {
+        return Slot::Foreign;
+    }
+    if slot[CRC_AT..] != crc32fast::hash(&slot[..CRC_AT]).to_le_bytes() {
+        return Slot::Torn;
+    }
+    // It is as somebody meant it.
+    match parse(slot) {
+        Some((number, entry)) => Slot::Whole { number, entry },
+        None => Slot::Foreign,
+    }
+}
+
+fn parse(slot: &[u8; SLOT_BYTES]) -> Option<(u64, Entry)> {
     let number = u64::from_le_bytes(slot[NUMBER_AT..NUMBER_AT + 8].try_into().ok()?);
     let session = SessionId(slot[SESSION_AT..SESSION_AT + 16].try_into().ok()?);
     let length = u16::from_le_bytes(slot[PEER_AT - 2..PEER_AT].try_into().ok()?);
-    let peer = slot.get(PEER_AT..PEER_AT + usize::from(length))?;
-    let peer = String::from_utf8(peer.to_vec()).ok()?;
-    Some((
-        number,
-        Entry {
-            session,
-            record: parse_record(slot[6])?,
-            peer,
-        },
-    ))
+    let peer = slot[..CRC_AT].get(PEER_AT..PEER_AT + usize::from(length))?;
+    let wanted = |wanted: &Option<RunState>| wanted_number(*wanted) == slot[WANTED_AT];
+    let entry = Entry {
+        session,
+        record: parse_record(slot[RECORD_AT])?,
+        peer: String::from_utf8(peer.to_vec()).ok()?,
+        wanted: WANTED.into_iter().find(wanted)?,
+    };
+    Some((number, entry))
 }
+
+const fn wanted_number(wanted: Option<RunState>) -> u8 {
+    match wanted {
+        None => 0,
+        Some(RunState::Running) => 1,
+        Some(RunState::Paused) => 2,
+    }
+}
+
+const WANTED: [Option<RunState>; 3] = [None, Some(RunState::Running), Some(RunState::Paused)];
 
 const RECORDS: [Record; 8] = [
     Record::Migrating,
@@ -363,17 +448,20 @@ mod tests {
                 }
                 journal => journal.unwrap(),
             };
+            journal.set_wanted(RunState::Paused);
             journal.write(record).unwrap();
             let path = journal.path().to_owned();
             drop(journal);
-            let (_, entry) = newest(&File::open(path).unwrap()).unwrap();
+            let slots = read(&File::open(path).unwrap()).unwrap();
+            let (_, entry) = newest(slots).unwrap();
             let peer = "127.0.0.1:4444".to_owned();
             assert_eq!(
                 entry,
                 Some(Entry {
                     session: SESSION,
                     record,
-                    peer
+                    peer,
+                    wanted: Some(RunState::Paused),
                 })
             );
         }
@@ -392,6 +480,88 @@ mod tests {
         file.write_all_at(&[0xff; 100], at + 20).unwrap();
         let journal = open(folder.path()).unwrap();
         assert_eq!(journal.last().unwrap().record, Record::Migrating);
+    }
+
+    /// Overwrites part of every slot that was written.
+    fn spoil(path: &Path, at: usize, with: &[u8]) {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .unwrap();
+        for slot in 0..SLOTS {
+            let mut bytes = [0; SLOT_BYTES];
+            let start = slot * SLOT_BYTES as u64;
+            file.read_exact_at(&mut bytes, start).unwrap();
+            if bytes != [0; SLOT_BYTES] {
+                file.write_all_at(with, start + at as u64).unwrap();
+            }
+        }
+    }
+
+    fn assert_unreadable(folder: &Path) {
+        let refusal = open(folder).unwrap_err();
+        let JournalError::Unreadable { path } = &refusal else {
+            panic!("{refusal}");
+        };
+        assert!(path.exists(), "it is somebody's to look at");
+    }
+
+    #[test]
+    fn what_cannot_be_understood_is_not_taken_for_nothing() {
+        for records in [&[Record::Given][..], &[Record::Migrating, Record::Given]] {
+            for (at, with) in [(0, 0xff), (VERSION_AT, 2), (PEER_AT, 0), (CRC_AT, 0)] {
+                let folder = tempfile::tempdir().unwrap();
+                let mut journal = open(folder.path()).unwrap();
+                for record in records {
+                    journal.write(*record).unwrap();
+                }
+                let path = journal.path().to_owned();
+                drop(journal);
+                spoil(&path, at, &[with, with]);
+                assert_unreadable(folder.path());
+            }
+        }
+    }
+
+    #[test]
+    fn another_version_in_either_slot_is_not_passed_over() {
+        for index in 0..SLOTS {
+            let folder = tempfile::tempdir().unwrap();
+            let mut journal = open(folder.path()).unwrap();
+            journal.write(Record::Migrating).unwrap();
+            journal.write(Record::Migrating).unwrap();
+            let at = index * SLOT_BYTES as u64 + VERSION_AT as u64;
+            journal.file.write_all_at(&[9], at).unwrap();
+            drop(journal);
+            assert_unreadable(folder.path());
+        }
+    }
+
+    #[test]
+    fn an_unknown_record_is_of_another_version() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut journal = open(folder.path()).unwrap();
+        journal.write(Record::Migrating).unwrap();
+        let entry = journal.last.clone().unwrap();
+        let mut slot = encode(2, &entry);
+        slot[RECORD_AT] = 99;
+        let crc = crc32fast::hash(&slot[..CRC_AT]);
+        slot[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
+        journal.file.write_all_at(&slot, 0).unwrap();
+        drop(journal);
+        assert_unreadable(folder.path());
+    }
+
+    #[test]
+    fn a_journal_of_zeros_says_nothing_and_is_not_left_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qemu-1-2.journal");
+        fs::write(&path, [0; 2 * SLOT_BYTES]).unwrap();
+        let journal = open(folder.path()).unwrap();
+        assert_eq!(journal.last(), None);
+        drop(journal);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until, timeout};
 use crate::control::{BoxedConnection, Control, Silence};
 use crate::core::layout::Layout;
 use crate::core::message::{
-    Action, Command, Failure, Input, Moment, Notice, Outcome, Record, Step,
+    Action, Command, Failure, GuestLeft, Input, Moment, Notice, Outcome, Record, Step,
 };
 use crate::core::meter::Progress;
 use crate::core::pageset::PageSet;
@@ -377,9 +377,10 @@ impl Driver {
         self.sink.close();
         self.control.finish(PARTING).await;
         let senders = std::mem::take(&mut *lock(&self.senders));
-        let keeps_journal = match outcome {
+        let keeps_journal = match &outcome {
             Outcome::Moved => self.left == Left::Perhaps,
-            Outcome::Kept { .. } => false,
+            // What an engine that died has left there is still true.
+            Outcome::Kept { guest, .. } => matches!(guest, GuestLeft::Untouched),
             Outcome::InDoubt { .. } => true,
         };
         let (vm, tracker, journal) = (self.vm, self.tracker, self.journal);

@@ -14,10 +14,10 @@ use tokio::time::timeout;
 use super::{Job, Steering, TargetJob};
 use crate::control::Silence;
 use crate::core::converge::{Converge, DowntimeLimit};
-use crate::core::message::Input;
+use crate::core::message::{Input, Notice, Record};
 use crate::core::source::{Source, SourceConfig, SourceLimits};
 use crate::core::target::{Target, TargetConfig, TargetLimits};
-use crate::journal::{Journal, JournalError};
+use crate::journal::{Entry, Journal, JournalError};
 use crate::pacer::{Bandwidth, Pacer};
 use crate::send::{Flush, GREETING_LIMIT, VmSide};
 use crate::vmm::{Inventory, Ram, RunState, Vm, VmmError};
@@ -29,6 +29,9 @@ pub const DEFAULT_DOWNTIME_LIMIT: Duration = Duration::from_millis(100);
 
 /// What a switchover with nothing dirty is assumed to cost, before the VMM's adapter says otherwise.
 pub const DEFAULT_SWITCHOVER_FLOOR: Duration = Duration::from_millis(15);
+
+const PAUSED_BY_A_DEAD_ENGINE: &str = "the guest is paused, and ran when an earlier migration began \
+    that died: it is taken for running, and will be let run wherever it ends up";
 
 /// Most page lanes that a target accepts by default.
 const DEFAULT_MAX_LANES: u16 = 16;
@@ -237,7 +240,7 @@ impl SourceBuilder {
             ..
         } = self;
         config.session = random_session().map_err(StartError::Host)?;
-        let journal = Journal::open(&journal.folder, &journal.name, config.session, &peer)?;
+        let mut journal = Journal::open(&journal.folder, &journal.name, config.session, &peer)?;
         let clock = Clock::start();
         let (sender, inbox) = mpsc::unbounded_channel();
         let facts = Facts::new(sender, clock);
@@ -258,9 +261,14 @@ impl SourceBuilder {
             }
         };
         let session = config.session;
-        let machine = Source::new(config, first.inventory, first.state, self.converge);
         let (commands, orders) = mpsc::unbounded_channel();
         let (notices, told) = mpsc::unbounded_channel();
+        let wanted = wanted(journal.last(), first.state);
+        if wanted != first.state {
+            drop(notices.send(Notice::Leftover(PAUSED_BY_A_DEAD_ENGINE.to_owned())));
+        }
+        journal.set_wanted(wanted);
+        let machine = Source::new(config, first.inventory, wanted, self.converge);
         let (progress, watched) = watch::channel(machine.progress(clock.now()));
         let pacer = Arc::new(Pacer::new(self.bandwidth));
         let parts = send::Parts {
@@ -363,6 +371,19 @@ impl TargetBuilder {
             notices: told,
             driver: tokio::spawn(driver.run()),
         })
+    }
+}
+
+/// In which state people want a guest that is in state `now`. An engine that died in the middle of a
+/// move may have paused it, for a copy or for the hand-over, and nobody has let it run since.
+fn wanted(last: Option<&Entry>, now: RunState) -> RunState {
+    match last {
+        Some(Entry {
+            record: Record::Migrating,
+            wanted: Some(RunState::Running),
+            ..
+        }) => RunState::Running,
+        _ => now,
     }
 }
 

@@ -169,6 +169,27 @@ fn ferry_migrate_dies() {
     again.assert_moved(&bed);
 }
 
+/// A guest that only the dead engine had paused runs after the next move.
+#[test]
+fn ferry_migrate_dies_while_the_guest_is_paused() {
+    let _turn = Turn::take().unwrap();
+    let bed = Bed::new(machine());
+    let attempt = bed.attempt(&[], in_first_round());
+    held(&attempt);
+    assert_eq!(bed.source.run_state().unwrap(), "paused");
+    attempt.migrate.signal(Signal::SIGKILL).unwrap();
+    attempt.proxy.cut(Reach::Gone);
+    let tried = attempt.end();
+    assert_eq!(bed.source.run_state().unwrap(), "paused");
+    tried.target.wait_for_end(BOUND).unwrap();
+    assert_eq!(tried.receive.wait(BOUND).unwrap().code(), 1);
+
+    let again = bed.attempt(&["--live"], |_, _| Deed::Pass).end();
+    let told = &again.migrate.stderr;
+    assert!(told.contains("it is taken for running"), "{told}");
+    again.assert_moved(&bed);
+}
+
 fn record(journal: &Path) -> Option<Record> {
     let name = journal.file_stem().unwrap().to_str().unwrap();
     let journal = Journal::open(journal.parent().unwrap(), name, SessionId([0; 16]), "");
