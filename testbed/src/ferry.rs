@@ -154,6 +154,13 @@ impl Ferry {
         Self::migrate_telling(qemu, uri, more, Stdio::inherit())
     }
 
+    /// The same, with what it tells going to a terminal that is gone.
+    pub fn migrate_unheard(qemu: &Qemu, uri: &str, more: &[&str]) -> Result<Self, TestbedError> {
+        let (reader, writer) = std::io::pipe().map_err(TestbedError::io("make a pipe"))?;
+        drop(reader);
+        Self::migrate_telling(qemu, uri, more, writer.into())
+    }
+
     fn migrate_telling(
         qemu: &Qemu,
         uri: &str,

@@ -11,6 +11,8 @@ use ferry_engine::core::outcome::in_full;
 use ferry_engine::qemu::Problem;
 use serde::Serialize;
 
+use crate::say;
+
 /// Wrong usage, or something that cannot be moved; nothing was changed.
 pub(crate) const REFUSED: u8 = 2;
 
@@ -172,9 +174,9 @@ pub(crate) struct Teller {
 impl Teller {
     /// Nothing was begun.
     pub(crate) fn refused(&self, refusal: Refusal) -> ExitCode {
-        eprintln!("ferry: {}", refusal.reason);
+        say::tell(format_args!("ferry: {}", refusal.reason));
         for problem in &refusal.problems {
-            eprintln!("  {problem}");
+            say::tell(format_args!("  {problem}"));
         }
         if self.json {
             let problems = refusal.problems.iter().map(|problem| JsonProblem {
@@ -228,22 +230,26 @@ impl Teller {
 
     fn say(&self, finished: &Finished) {
         match &finished.outcome {
-            Outcome::Moved if self.figures => eprintln!("{}", summary(&finished.report)),
-            Outcome::Moved => eprintln!("The guest is here now."),
+            Outcome::Moved if self.figures => {
+                say::tell(summary(&finished.report));
+            }
+            Outcome::Moved => say::tell(format_args!("The guest is here now.")),
             Outcome::Kept { reason, guest } => {
-                eprintln!("ferry: not moved: {}", words(reason));
-                eprintln!("{}", guest_sentence(guest));
+                say::tell(format_args!("ferry: not moved: {}", words(reason)));
+                say::tell(format_args!("{}", guest_sentence(guest)));
             }
             Outcome::InDoubt { reason } => {
-                eprintln!("ferry: IN DOUBT: {}", words(reason));
-                eprintln!(
+                say::tell(format_args!("ferry: IN DOUBT: {}", words(reason)));
+                say::tell(format_args!(
                     "Only the target knows whether it took the guest, and it did not answer. Neither \
                      QEMU was touched. Look at the target: if its guest runs, end the source's QEMU; \
                      if its QEMU has ended or was never told to run, resume the source's with QMP \
                      `cont`. Never let both run."
-                );
+                ));
             }
-            _ => eprintln!("ferry: an outcome that this version cannot tell"),
+            _ => say::tell(format_args!(
+                "ferry: an outcome that this version cannot tell"
+            )),
         }
     }
 }
@@ -299,7 +305,9 @@ fn words(reason: &Reason) -> String {
 
 fn print_json(json: &Json) {
     match serde_json::to_string(json) {
-        Ok(text) => println!("{text}"),
-        Err(error) => eprintln!("ferry: the JSON report cannot be written: {error}"),
+        Ok(text) => say::print(format_args!("{text}")),
+        Err(error) => say::tell(format_args!(
+            "ferry: the JSON report cannot be written: {error}"
+        )),
     }
 }

@@ -1,14 +1,15 @@
-//! Ctrl-C and a polite kill.
+//! Ctrl-C, a polite kill, and a terminal that goes away.
 
 use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Both, from the first moment on: a signal that came before anybody listened would end the command
+/// All three, from the first moment on: a signal that came before anybody listened would end the command
 /// in the middle of what it does.
 pub(crate) struct Interrupts {
     interrupt: Signal,
     terminate: Signal,
+    hangup: Signal,
 }
 
 impl Interrupts {
@@ -17,6 +18,7 @@ impl Interrupts {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
         })
     }
 
@@ -25,6 +27,7 @@ impl Interrupts {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
+            _ = self.hangup.recv() => {}
         }
     }
 }

@@ -7,6 +7,7 @@ mod interrupts;
 mod migrate;
 mod progress;
 mod receive;
+mod say;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // It would tell of a closed standard error on standard error, and panic.
+        .log_internal_errors(false)
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(RUNTIME_THREADS)
@@ -35,7 +38,7 @@ fn main() -> ExitCode {
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("ferry: the host gives no threads: {error}");
+            say::tell(format_args!("ferry: the host gives no threads: {error}"));
             return ExitCode::from(ending::REFUSED);
         }
     };

@@ -16,6 +16,7 @@ use ferry_engine::{Bandwidth, Finished, Job, Migration};
 use crate::args::Migrate;
 use crate::ending::{Refusal, Teller};
 use crate::interrupts::Interrupts;
+use crate::say;
 use crate::{host, progress};
 
 /// Page lanes: with two, one reads and copies while the other's bytes are on their way. Measured on 2
@@ -81,7 +82,7 @@ async fn see_through(mut job: Job, args: &Migrate, mut interrupts: Interrupts) -
     let interrupts = tokio::spawn(async move {
         loop {
             interrupts.next().await;
-            eprintln!("ferry: giving up, the guest stays here");
+            say::tell(format_args!("ferry: asked to give up"));
             steering.cancel();
         }
     });
@@ -122,5 +123,5 @@ pub(crate) fn tell(notice: &Notice) {
         Notice::Leftover(text) => text.clone(),
         _ => return,
     };
-    eprintln!("ferry: {text}");
+    say::tell(format_args!("ferry: {text}"));
 }

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::watch;
 
 use crate::ending::bytes;
+use crate::say;
 
 /// The first round is nearly everything; what comes after it is the last percent.
 const FIRST_ROUND_PERCENT: u64 = 98;
@@ -51,7 +52,7 @@ impl Display {
             }
             Self::Lines { told } if told.is_none_or(|told| told < percent) => {
                 *told = Some(percent);
-                eprintln!("Migration: [{percent:>3} %]");
+                say::tell(format_args!("Migration: [{percent:>3} %]"));
             }
             Self::Lines { .. } => {}
         }

@@ -1,6 +1,5 @@
 //! `ferry receive`.
 
-use std::io::Write as _;
 use std::process::ExitCode;
 
 use ferry_engine::link::TcpAcceptor;
@@ -10,6 +9,7 @@ use ferry_engine::{Finished, Migration, TargetJob};
 use crate::args::Receive;
 use crate::ending::{Refusal, Teller};
 use crate::interrupts::Interrupts;
+use crate::say;
 use crate::{host, migrate};
 
 pub(crate) async fn run(args: &Receive) -> ExitCode {
@@ -45,9 +45,7 @@ async fn start(args: &Receive) -> Result<TargetJob, Refusal> {
         .start()
         .await;
     let job = job.map_err(|error| Refusal::of(&error))?;
-    // Whoever started this command waits for the line; on a pipe it would stay in a buffer.
-    println!("Listening on ferry://{address}");
-    _ = std::io::stdout().flush();
+    say::print(format_args!("Listening on ferry://{address}"));
     Ok(job)
 }
 
@@ -59,7 +57,7 @@ async fn see_through(mut job: TargetJob, interrupts: &mut Interrupts) -> Finishe
                 None => break,
             },
             () = interrupts.next() => {
-                eprintln!("ferry: giving up");
+                say::tell(format_args!("ferry: giving up"));
                 job.cancel();
             }
         }

@@ -1,0 +1,19 @@
+//! What is said to people and scripts.
+//!
+//! A terminal or a pipe that is gone must not end a migration in its middle: `eprintln!` would panic
+//! there. What cannot be written is not said, and the exit code still tells.
+
+use std::fmt::Display;
+use std::io::{Write as _, stderr, stdout};
+
+/// Tells a line to a person, on standard error.
+pub(crate) fn tell(line: impl Display) {
+    _ = writeln!(stderr(), "{line}");
+}
+
+/// Prints a line on standard output, at once: on a pipe it would stay in a buffer.
+pub(crate) fn print(line: impl Display) {
+    let mut out = stdout().lock();
+    _ = writeln!(out, "{line}");
+    _ = out.flush();
+}
