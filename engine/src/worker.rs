@@ -7,11 +7,14 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::core::message::{Failure, Input, Moment, Step};
+
+/// As good as never: where a moment that no clock can hold is put.
+const FAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// Where facts go: to the driver's one waiting place.
 #[derive(Clone, Debug)]
@@ -44,7 +47,7 @@ impl Clock {
     pub(crate) fn instant(self, moment: Moment) -> Instant {
         self.began
             .checked_add(moment.0)
-            .unwrap_or_else(Instant::now)
+            .unwrap_or_else(|| Instant::now() + FAR)
     }
 }
 
@@ -135,6 +138,12 @@ mod tests {
     use tokio::sync::mpsc::unbounded_channel;
 
     use super::*;
+
+    #[test]
+    fn a_moment_beyond_all_clocks_is_far_off() {
+        let far = Clock::start().instant(Moment(Duration::MAX));
+        assert!(far > Instant::now() + FAR / 2);
+    }
 
     #[test]
     fn orders_run_in_order_and_panics_are_failures() {

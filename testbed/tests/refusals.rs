@@ -66,7 +66,7 @@ fn refuses_both_ways(args: &[&str], words: &[&str]) {
 
 #[test]
 fn usage() {
-    let cases: [(&[&str], &str); 12] = [
+    let cases: [(&[&str], &str); 14] = [
         (&[], "Usage: ferry"),
         (&["move"], "unrecognized subcommand 'move'"),
         (&["migrate", "--qmp", "/x/qmp"], "<TARGET>"),
@@ -102,6 +102,28 @@ fn usage() {
         (
             &["migrate", "--qmp", "/x/qmp", "--timeout", "-1", NOWHERE],
             "'-1'",
+        ),
+        (
+            &[
+                "migrate",
+                "--qmp",
+                "/x/qmp",
+                "--timeout",
+                "18446744073709551615",
+                NOWHERE,
+            ],
+            "'18446744073709551615'",
+        ),
+        (
+            &[
+                "migrate",
+                "--qmp",
+                "/x/qmp",
+                "--max-downtime",
+                "18446744073709551615",
+                NOWHERE,
+            ],
+            "'18446744073709551615'",
         ),
         (&["receive", "--qmp", "/x/qmp", "--live"], "'--live'"),
     ];

@@ -186,9 +186,12 @@ impl Survey {
 async fn address_of(monitor: &Monitor, piece: &Placed) -> Result<u64, VmmError> {
     let line = format!("gpa2hva {:#x}", piece.guest_address);
     let text = monitor.human(&line).await?;
-    match flatview::host_address(&text) {
-        Some((name, address)) if name == piece.name => Ok(address - piece.offset),
-        _ => Err(VmmError::Unfit {
+    let first = flatview::host_address(&text)
+        .filter(|(name, _)| *name == piece.name)
+        .and_then(|(_, address)| address.checked_sub(piece.offset));
+    match first {
+        Some(address) => Ok(address),
+        None => Err(VmmError::Unfit {
             what: format!(
                 "QEMU does not tell where {} lies: it answered {text:?} to {line}; try again if a \
                  device was being plugged",

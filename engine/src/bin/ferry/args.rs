@@ -6,7 +6,13 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, value_parser};
+
+/// The longest `--max-downtime`: a day. Whoever wants more moves without `--live`.
+const MAX_DOWNTIME_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// The longest `--timeout`: a year, which clocks and timers can still hold.
+const MAX_TIMEOUT_S: u64 = 365 * 24 * 60 * 60;
 
 /// Moves running QEMU guests to another host.
 ///
@@ -59,7 +65,7 @@ pub(crate) struct Migrate {
     pub(crate) suspend: bool,
 
     /// Longest blackout that is wanted, in ms; the guest runs on until it fits
-    #[arg(long, value_name = "MS", default_value_t = 100)]
+    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = value_parser!(u64).range(..=MAX_DOWNTIME_MS))]
     pub(crate) max_downtime: u64,
 
     /// At most so many MiB a second on the link; without it, as fast as it goes
@@ -67,7 +73,7 @@ pub(crate) struct Migrate {
     pub(crate) bandwidth: Option<NonZeroU64>,
 
     /// After so many seconds pause the guest and finish, whatever the blackout
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", value_parser = value_parser!(u64).range(..=MAX_TIMEOUT_S))]
     pub(crate) timeout: Option<u64>,
 
     /// Leave the source's QEMU stopped after the move instead of ending it

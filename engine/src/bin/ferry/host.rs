@@ -1,9 +1,10 @@
 //! What both commands need of the host: addresses that are allowed, and where journals are.
 
+use std::fs::DirBuilder;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::os::unix::fs::FileTypeExt as _;
-use std::path::PathBuf;
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
 
 use ferry_engine::core::outcome::in_full;
 use ferry_engine::job::JournalPlace;
@@ -15,6 +16,11 @@ use nix::unistd::Uid;
 
 use crate::args::Common;
 use crate::ending::Refusal;
+
+/// The mode of a folder of one user alone.
+const PRIVATE: u32 = 0o700;
+
+const ANY_PERMISSION: u32 = 0o777;
 
 /// Resolves `HOST:PORT`, and refuses what would leave the host in plain text unasked.
 pub(crate) async fn resolve(authority: &str, common: &Common) -> Result<SocketAddr, Refusal> {
@@ -89,21 +95,70 @@ fn refuse(side: Side, problems: Vec<Problem>) -> Refusal {
 }
 
 /// The journal of a QEMU: named after its process, which nothing else ever is.
-pub(crate) fn journal(process: &Process, common: &Common) -> JournalPlace {
-    let folder = common.state_dir.clone().unwrap_or_else(default_folder);
-    JournalPlace {
+pub(crate) fn journal(process: &Process, common: &Common) -> Result<JournalPlace, Refusal> {
+    let folder = match &common.state_dir {
+        Some(folder) => folder.clone(),
+        None => default_folder()?,
+    };
+    Ok(JournalPlace {
         folder,
         name: format!("qemu-{}-{}", process.pid(), process.id().start_time_ticks),
-    }
+    })
 }
 
-fn default_folder() -> PathBuf {
+fn default_folder() -> Result<PathBuf, Refusal> {
     let uid = Uid::effective();
     if uid.is_root() {
-        return PathBuf::from("/run/ferry");
+        return Ok(PathBuf::from("/run/ferry"));
     }
-    match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(folder) => PathBuf::from(folder).join("ferry"),
-        None => std::env::temp_dir().join(format!("ferry-{uid}")),
+    if let Some(folder) = std::env::var_os("XDG_RUNTIME_DIR") {
+        return Ok(PathBuf::from(folder).join("ferry"));
+    }
+    let folder = std::env::temp_dir().join(format!("ferry-{uid}"));
+    own(&folder, uid)?;
+    Ok(folder)
+}
+
+/// Makes `folder`, where everybody may make one, the user's alone. Whoever else could write there
+/// could say whose a guest is.
+fn own(folder: &Path, uid: Uid) -> Result<(), Refusal> {
+    let failed = |error| Refusal::because(format!("{}: {error}", folder.display()));
+    match DirBuilder::new().mode(PRIVATE).create(folder) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(failed(error)),
+        _ => {}
+    }
+    // Not followed: a link that somebody else made leads anywhere.
+    let found = std::fs::symlink_metadata(folder).map_err(failed)?;
+    let is_ours = found.uid() == uid.as_raw() && found.mode() & ANY_PERMISSION == PRIVATE;
+    if found.is_dir() && is_ours {
+        return Ok(());
+    }
+    Err(Refusal::because(format!(
+        "{} is not a folder of yours alone (mode 0700), and journals must not lie where others can \
+         write: give a folder with --state-dir",
+        folder.display()
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{Permissions, set_permissions};
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use super::*;
+
+    #[test]
+    fn a_folder_in_a_shared_place_is_the_users_alone() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = place.path().join("ferry");
+        let uid = Uid::effective();
+        own(&folder, uid).unwrap();
+        own(&folder, uid).unwrap();
+        own(&folder, Uid::from_raw(uid.as_raw() + 1)).unwrap_err();
+        set_permissions(&folder, Permissions::from_mode(0o770)).unwrap();
+        own(&folder, uid).unwrap_err();
+        set_permissions(&folder, Permissions::from_mode(PRIVATE)).unwrap();
+        symlink(&folder, place.path().join("link")).unwrap();
+        own(&place.path().join("link"), uid).unwrap_err();
     }
 }

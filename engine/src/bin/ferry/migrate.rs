@@ -50,7 +50,7 @@ async fn start(args: &Migrate) -> Result<Job, Refusal> {
     let qemu = host::attach(&args.qmp, Side::Source).await?;
     let vm = qemu.vm(Side::Source).map_err(|error| Refusal::of(&error))?;
     let connector = Arc::new(TcpConnector::new(address.to_string(), CONNECT_LIMIT));
-    let journal = host::journal(qemu.process(), &args.common);
+    let journal = host::journal(qemu.process(), &args.common)?;
     let mut source = Migration::source(vm, connector, args.target.to_string(), journal)
         .with_lanes(PAGE_LANES)
         .with_mode(if args.live { Mode::Live } else { Mode::Paused })

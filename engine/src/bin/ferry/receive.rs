@@ -40,7 +40,7 @@ async fn start(args: &Receive) -> Result<TargetJob, Refusal> {
         .await
         .map_err(listening)?;
     let address = acceptor.local_addr().map_err(listening)?;
-    let journal = host::journal(qemu.process(), &args.common);
+    let journal = host::journal(qemu.process(), &args.common)?;
     let job = Migration::target(vm, Box::new(acceptor), journal)
         .start()
         .await;
@@ -57,7 +57,7 @@ async fn see_through(mut job: TargetJob, interrupts: &mut Interrupts) -> Finishe
                 None => break,
             },
             () = interrupts.next() => {
-                say::tell(format_args!("ferry: giving up"));
+                say::tell(format_args!("ferry: asked to give up"));
                 job.cancel();
             }
         }
