@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use ferry_testbed::{
-    Field, Linux, Machine, Populate, Probe, Qemu, QemuVersion, StatusPage, TestbedError, wait_until,
+    Device, Disk, DiskFormat, Field, Linux, Machine, Populate, Probe, Qemu, QemuVersion,
+    StatusPage, TestbedError, wait_until,
 };
 use serde::Serialize;
 
@@ -27,7 +28,24 @@ pub struct Conditions {
     pub downtime_limit_ms: u64,
     /// Whether the target's RAM is allocated before.
     pub preallocated: bool,
+    /// The guest's CPUs, each with a thread that writes and verifies.
+    pub cpus: u32,
+    /// What the machine has besides.
+    pub equipment: Equipment,
 }
+
+/// What a machine has besides CPUs and RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Equipment {
+    /// Nothing.
+    Bare,
+    /// A network card, a disk that the guest writes and verifies all the time, a source of random
+    /// numbers, a tablet and a screen.
+    Full,
+}
+
+/// Size of the disk in MiB.
+const DISK_MIB: u64 = 64;
 
 /// One move, as the guest saw it.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -48,14 +66,25 @@ pub struct Course {
     conditions: Conditions,
     here: Qemu,
     page: StatusPage,
+    /// Shared by source and target, and gone with the course.
+    _disk: Option<Disk>,
 }
 
 impl Course {
     /// Boots the guest.
     pub fn begin(conditions: Conditions) -> Result<Self, TestbedError> {
-        let linux =
-            Linux::filling_mib(conditions.data_mib).writing_pages_per_s(conditions.writes_per_s);
-        let machine = Machine::new(QemuVersion::V10_0, conditions.guest_mib).linux(linux);
+        let linux = Linux::filling_mib(conditions.data_mib)
+            .writing_pages_per_s(conditions.writes_per_s)
+            .workers(conditions.cpus);
+        let machine = Machine::new(QemuVersion::V10_0, conditions.guest_mib).cpus(conditions.cpus);
+        let disk = match conditions.equipment {
+            Equipment::Bare => None,
+            Equipment::Full => Some(Disk::create(DiskFormat::Qcow2, DISK_MIB)?),
+        };
+        let machine = match &disk {
+            None => machine.linux(linux),
+            Some(disk) => equip(machine.linux(linux.verifying_disk()), disk),
+        };
         let here = machine.start()?;
         let page = here.wait_for_guest(BOUND)?;
         Ok(Self {
@@ -63,6 +92,7 @@ impl Course {
             conditions,
             here,
             page,
+            _disk: disk,
         })
     }
 
@@ -97,6 +127,16 @@ impl Course {
             bad: self.page.read()?.faults(),
         })
     }
+}
+
+fn equip(machine: Machine, disk: &Disk) -> Machine {
+    let (format, path) = (disk.format(), disk.path().to_owned());
+    machine
+        .device(Device::Disk { format, path })
+        .device(Device::Net)
+        .device(Device::Rng)
+        .device(Device::Tablet)
+        .device(Device::Vga)
 }
 
 /// Waits until the guest has been at work for a while.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use ferry_benches::course::{Conditions, Course};
+use ferry_benches::course::{Conditions, Course, Equipment};
 use ferry_benches::peer::Peer;
 use ferry_benches::report::{Comparison, Series};
 use ferry_testbed::{TestbedError, Turn};
@@ -29,6 +29,12 @@ struct Args {
     /// Leave the target's RAM to be allocated as it is touched
     #[arg(long)]
     on_demand: bool,
+    /// The guest's CPUs
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// Give the machine a network card, a disk in use, a tablet, a screen
+    #[arg(long)]
+    devices: bool,
     /// The ways to compare: ferry, precopy, multifd:CHANNELS
     #[arg(long, value_delimiter = ',', default_value = "ferry,precopy")]
     peers: Vec<Peer>,
@@ -65,6 +71,12 @@ fn compare(args: &Args) -> Result<Comparison, TestbedError> {
         writes_per_s: args.writes,
         downtime_limit_ms: args.max_downtime,
         preallocated: !args.on_demand,
+        cpus: args.cpus,
+        equipment: if args.devices {
+            Equipment::Full
+        } else {
+            Equipment::Bare
+        },
     };
     let named = |peer: &Peer| Series {
         peer: peer.to_string(),

@@ -125,6 +125,7 @@ impl Comparison {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::course::Equipment;
 
     fn series(peer: Peer, total_ms: f64, blackout_ms: f64, bad: u64) -> Series {
         let run = Measured {
@@ -147,6 +148,8 @@ mod tests {
             writes_per_s: 0,
             downtime_limit_ms: 1,
             preallocated: true,
+            cpus: 1,
+            equipment: Equipment::Bare,
         };
         let verdict = |total, blackout, bad| {
             let ours = series(Peer::Ferry, total, blackout, bad);
