@@ -5,7 +5,7 @@ use std::io;
 use ferry_stream::lane::ControlLane;
 use ferry_stream::link::{Connector, Lane};
 use ferry_stream::message::{
-    Features, Hello, LaneIndex, Message, Purpose, SessionId, Verdict, Versions,
+    Features, Hello, LaneId, LaneIndex, Message, Purpose, SessionId, Verdict, Versions,
 };
 
 use crate::control::BoxedConnection;
@@ -19,7 +19,12 @@ pub(crate) async fn open_lanes(
     let mut open = Vec::new();
     for index in 1..=lanes {
         let mut lane = ControlLane::new(connector.connect().await?);
-        greet(&mut lane, session, Purpose::Lane(LaneIndex(index))).await?;
+        greet(
+            &mut lane,
+            session,
+            Purpose::Lane(LaneId::first(LaneIndex(index))),
+        )
+        .await?;
         open.push(lane.into_inner()?.into_lane()?);
     }
     Ok(open)

@@ -245,7 +245,7 @@ impl Driver {
             Purpose::Migrate => {
                 self.turn_away(arrival, AbortCode::Busy, "another migration is under way");
             }
-            Purpose::Lane(index) if known => self.add_lane(arrival, index).await,
+            Purpose::Lane(lane) if known => self.add_lane(arrival, lane.index).await,
             Purpose::Inquire if known => self.add_inquirer(arrival),
             Purpose::Lane(_) | Purpose::Inquire => {
                 self.turn_away(

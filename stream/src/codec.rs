@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::frame::Kind;
 use crate::limits::{MAX_LANES, MAX_NAME, MAX_REGIONS, MAX_STATE_BYTES, MAX_STATE_CHUNK, MAX_TEXT};
 use crate::message::{
-    AbortCode, Hello, LaneIndex, Message, Mode, Offer, Purpose, Run, Verdict, Versions,
+    AbortCode, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, Run, Verdict, Versions,
 };
 
 impl Message {
@@ -32,6 +32,9 @@ impl Message {
             Self::Running => Kind::Running,
             Self::Returned { .. } => Kind::Returned,
             Self::Finished => Kind::Finished,
+            Self::LaneLost { .. } => Kind::LaneLost,
+            Self::Fence(_) => Kind::Fence,
+            Self::Fenced { .. } => Kind::Fenced,
             Self::Ping => Kind::Ping,
             Self::Inquire => Kind::Inquire,
             Self::Answer(_) => Kind::Answer,
@@ -73,6 +76,20 @@ impl Message {
                 Run::Run => 1,
                 Run::StayPaused => 2,
             }),
+            Self::LaneLost { lane, text } => {
+                put_lane(out, *lane);
+                put_text(out, &clean(text));
+            }
+            Self::Fence(lane) => put_lane(out, *lane),
+            Self::Fenced {
+                lane,
+                frames,
+                pages,
+            } => {
+                put_lane(out, *lane);
+                out.put_u64_le(*frames);
+                out.put_u64_le(*pages);
+            }
             Self::Returned { reason } => put_text(out, &clean(reason)),
             Self::Answer(verdict) => out.put_u8(match verdict {
                 Verdict::Taken => 1,
@@ -124,6 +141,9 @@ impl Message {
                 let length = *state_bytes;
                 bounded(kind, "the state's length", length, 0, MAX_STATE_BYTES)
             }
+            Self::LaneLost { lane, .. } | Self::Fence(lane) | Self::Fenced { lane, .. } => {
+                check_lane(kind, *lane)
+            }
             Self::Prepared
             | Self::Paused
             | Self::Ready
@@ -144,7 +164,7 @@ fn check_hello(hello: &Hello) -> Result<(), Error> {
     let Versions { lowest, highest } = hello.versions;
     bounded(kind, "the lowest version", lowest, 1, highest)?;
     if let Purpose::Lane(lane) = hello.purpose {
-        bounded(kind, "the lane", lane.0, 1, MAX_LANES)?;
+        check_lane(kind, lane)?;
     }
     let has_offer = u64::from(hello.offer.is_some());
     let needs_offer = u64::from(hello.purpose == Purpose::Migrate);
@@ -156,6 +176,10 @@ fn check_hello(hello: &Hello) -> Result<(), Error> {
         needs_offer,
     )?;
     hello.offer.as_ref().map_or(Ok(()), check_offer)
+}
+
+fn check_lane(kind: Kind, lane: LaneId) -> Result<(), Error> {
+    bounded(kind, "the lane", lane.index.0, 1, MAX_LANES)
 }
 
 fn check_offer(offer: &Offer) -> Result<(), Error> {
@@ -202,18 +226,26 @@ where
     Ok(())
 }
 
+/// In the place of a lane where a hello is not about one.
+const NO_LANE: LaneId = LaneId::first(LaneIndex::CONTROL);
+
+fn put_lane(out: &mut BytesMut, lane: LaneId) {
+    out.put_u16_le(lane.index.0);
+    out.put_u16_le(lane.generation.0);
+}
+
 fn put_hello(out: &mut BytesMut, hello: &Hello) {
     out.put_u16_le(hello.versions.lowest);
     out.put_u16_le(hello.versions.highest);
     out.put_u64_le(hello.features.0);
     out.put_slice(&hello.session.0);
     let (purpose, lane) = match hello.purpose {
-        Purpose::Migrate => (1, LaneIndex::CONTROL),
+        Purpose::Migrate => (1, NO_LANE),
         Purpose::Lane(lane) => (2, lane),
-        Purpose::Inquire => (3, LaneIndex::CONTROL),
+        Purpose::Inquire => (3, NO_LANE),
     };
     out.put_u8(purpose);
-    out.put_u16_le(lane.0);
+    put_lane(out, lane);
     if let Some(offer) = &hello.offer {
         put_offer(out, offer);
     }

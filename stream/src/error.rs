@@ -112,8 +112,10 @@ pub enum Error {
         found: u64,
     },
     /// A frame's bytes are not those that were sent.
-    #[error("frame {sequence} of {lane} was corrupted on its way")]
+    #[error("{kind:?} frame {sequence} of {lane} was corrupted on its way")]
     Corrupt {
+        /// The frame's kind.
+        kind: Kind,
         /// The lane.
         lane: LaneIndex,
         /// The frame's sequence number.

@@ -8,7 +8,8 @@ use crc32fast::Hasher;
 
 use crate::error::Error;
 use crate::limits::{
-    MAX_NAME, MAX_PAGE_DATA, MAX_RECORDS, MAX_REGIONS, MAX_STATE_CHUNK, MAX_TEXT, READ_CHUNK,
+    HIGHEST_VERSION, MAX_NAME, MAX_PAGE_DATA, MAX_RECORDS, MAX_REGIONS, MAX_STATE_CHUNK, MAX_TEXT,
+    READ_CHUNK,
 };
 use crate::message::LaneIndex;
 use crate::pages::{PREFIX_BYTES, RECORD_BYTES};
@@ -20,7 +21,7 @@ pub const MAGIC: [u8; 4] = *b"\xFErry";
 pub const HEADER_BYTES: usize = 32;
 
 /// The version in every frame's header.
-const VERSION: u16 = 1;
+const VERSION: u16 = HIGHEST_VERSION;
 
 /// Bytes of the header that the checksum covers: all before the checksum itself.
 const HASHED_BYTES: usize = HEADER_BYTES - 4;
@@ -61,6 +62,12 @@ pub enum Kind {
     Abort = 15,
     /// [`Message::Paused`](crate::message::Message::Paused)
     Paused = 16,
+    /// [`Message::LaneLost`](crate::message::Message::LaneLost)
+    LaneLost = 17,
+    /// [`Message::Fence`](crate::message::Message::Fence)
+    Fence = 18,
+    /// [`Message::Fenced`](crate::message::Message::Fenced)
+    Fenced = 19,
     /// Pages; see [`pages`](crate::pages).
     Pages = 64,
     /// The end of a round on a page lane.
@@ -69,7 +76,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 21] = [
         Self::Hello,
         Self::Welcome,
         Self::Prepared,
@@ -86,6 +93,9 @@ impl Kind {
         Self::Answer,
         Self::Abort,
         Self::Paused,
+        Self::LaneLost,
+        Self::Fence,
+        Self::Fenced,
         Self::Pages,
         Self::RoundEnd,
     ];
@@ -101,7 +111,7 @@ impl Kind {
             Self::Hello => {
                 let name = 2 + MAX_NAME;
                 let offer = 3 + 3 * name + 2 + MAX_REGIONS * (name + 12);
-                31 + offer
+                33 + offer
             }
             Self::Welcome | Self::RoundDone => 12,
             Self::State => 8 + MAX_STATE_CHUNK,
@@ -109,6 +119,9 @@ impl Kind {
             Self::Go | Self::Answer => 1,
             Self::Returned => 2 + MAX_TEXT,
             Self::Abort => 4 + MAX_TEXT,
+            Self::LaneLost => 6 + MAX_TEXT,
+            Self::Fence => 4,
+            Self::Fenced => 20,
             Self::Prepared
             | Self::Paused
             | Self::Ready
@@ -279,6 +292,7 @@ impl Header {
             return Ok(());
         }
         Err(Error::Corrupt {
+            kind: self.kind,
             lane: self.position.lane,
             sequence: self.position.sequence,
         })

@@ -4,10 +4,10 @@
 //! a sender never goes beyond them.
 
 /// Lowest wire version that this crate speaks.
-pub const LOWEST_VERSION: u16 = 1;
+pub const LOWEST_VERSION: u16 = 2;
 
 /// Highest wire version that this crate speaks.
-pub const HIGHEST_VERSION: u16 = 1;
+pub const HIGHEST_VERSION: u16 = 2;
 
 /// Most RAM regions in an offer.
 pub const MAX_REGIONS: usize = 512;

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use bytes::Bytes;
 
+use crate::frame::Generation;
 use crate::limits::{HIGHEST_VERSION, LOWEST_VERSION};
 
 /// Names one migration: 128 random bits, chosen by the source, presented by every connection of it.
@@ -63,6 +64,39 @@ impl fmt::Display for LaneIndex {
     }
 }
 
+/// One connection of a page lane. A lane that is opened anew is another one, of the next generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LaneId {
+    /// The lane.
+    pub index: LaneIndex,
+    /// How often it was opened before.
+    pub generation: Generation,
+}
+
+impl LaneId {
+    /// The first connection of a lane.
+    pub const fn first(index: LaneIndex) -> Self {
+        let generation = Generation(0);
+        Self { index, generation }
+    }
+
+    /// The connection that replaces this one; none after the last generation.
+    pub fn successor(self) -> Option<Self> {
+        let generation = Generation(self.generation.0.checked_add(1)?);
+        Some(Self { generation, ..self })
+    }
+}
+
+impl fmt::Display for LaneId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.index.fmt(f)?;
+        match self.generation.0 {
+            0 => Ok(()),
+            again => write!(f, " (generation {again})"),
+        }
+    }
+}
+
 /// The wire versions that a side speaks, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Versions {
@@ -92,7 +126,7 @@ impl Versions {
 pub struct Features(pub u64);
 
 impl Features {
-    /// None: what version 1 has.
+    /// None: what every version has.
     pub const NONE: Self = Self(0);
 
     /// What both have.
@@ -113,7 +147,7 @@ pub enum Purpose {
     /// The control lane of a new migration.
     Migrate,
     /// A page lane of the session named.
-    Lane(LaneIndex),
+    Lane(LaneId),
     /// To ask who owns the guest of the session named.
     Inquire,
 }
@@ -149,7 +183,7 @@ pub struct Offer {
     pub vmm: String,
     /// Its RAM, in the order that page frames count regions by.
     pub regions: Vec<RegionInfo>,
-    /// How many page lanes the source will open, at least 1.
+    /// How many page lanes the source may have open at one time, at least 1.
     pub lanes: u16,
     /// Whether it runs while it is copied.
     pub mode: Mode,
@@ -177,7 +211,7 @@ pub struct Welcome {
     pub version: u16,
     /// The features in use: never one that the hello lacks.
     pub features: Features,
-    /// How many page lanes the target accepts, at most as many as were offered.
+    /// How many page lanes the target accepts at one time, at most as many as were offered.
     pub lanes: u16,
 }
 
@@ -290,6 +324,25 @@ pub enum Message {
     },
     /// S→T. I know that the guest is yours.
     Finished,
+    /// T→S. A page lane has died here; the source may not see that for long.
+    LaneLost {
+        /// Which.
+        lane: LaneId,
+        /// How that showed, for people; at most [`MAX_TEXT`](crate::limits::MAX_TEXT) bytes.
+        text: String,
+    },
+    /// S→T. That lane is dead: end it for good, so that its pages can be sent again. A
+    /// [`Message::Complete`] that was not yet acted upon is void.
+    Fence(LaneId),
+    /// T→S, the answer. Nothing of that lane is written to guest RAM any more.
+    Fenced {
+        /// Which.
+        lane: LaneId,
+        /// Whole frames of it that came, checked and in place: those before this sequence number.
+        frames: u64,
+        /// Pages of them that came after the lane's last end of a round.
+        pages: u64,
+    },
     /// Either way. I am here; no answer is due.
     Ping,
     /// S→T, after a [`Purpose::Inquire`]. Who owns the guest?
@@ -321,6 +374,9 @@ impl Message {
             Self::Running => "Running",
             Self::Returned { .. } => "Returned",
             Self::Finished => "Finished",
+            Self::LaneLost { .. } => "LaneLost",
+            Self::Fence(_) => "Fence",
+            Self::Fenced { .. } => "Fenced",
             Self::Ping => "Ping",
             Self::Inquire => "Inquire",
             Self::Answer(_) => "Answer",

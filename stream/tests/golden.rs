@@ -1,4 +1,4 @@
-//! The bytes of version 1, as the crate's documentation shows them.
+//! The bytes of version 2, as the crate's documentation shows them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,8 +7,8 @@ use ferry_stream::frame::{Decoder, Generation, HEADER_BYTES, Kind};
 use ferry_stream::lane::{ControlWriter, Incoming, PageLaneReader, PageLaneWriter};
 use ferry_stream::limits::PAGE_BYTES;
 use ferry_stream::message::{
-    AbortCode, Features, Hello, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo, Round, Run,
-    SessionId, Verdict, Versions, Welcome,
+    AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
+    Round, Run, SessionId, Verdict, Versions, Welcome,
 };
 use ferry_stream::pages::{Encoding, PageFrame, PageRun, Record};
 
@@ -43,6 +43,11 @@ fn hello(purpose: Purpose, offer: Option<Offer>) -> Message {
     })
 }
 
+const SECOND: LaneId = LaneId {
+    index: LaneIndex(2),
+    generation: Generation(1),
+};
+
 fn offer() -> Offer {
     Offer {
         arch: "x86_64".into(),
@@ -68,12 +73,12 @@ fn offer() -> Offer {
 fn messages() -> Vec<(&'static str, Message)> {
     vec![
         ("hello-migrate", hello(Purpose::Migrate, Some(offer()))),
-        ("hello-lane", hello(Purpose::Lane(LaneIndex(2)), None)),
+        ("hello-lane", hello(Purpose::Lane(SECOND), None)),
         ("hello-inquire", hello(Purpose::Inquire, None)),
         (
             "welcome",
             Message::Welcome(Welcome {
-                version: 1,
+                version: 2,
                 features: Features::NONE,
                 lanes: 2,
             }),
@@ -116,6 +121,22 @@ fn messages() -> Vec<(&'static str, Message)> {
             "returned",
             Message::Returned {
                 reason: "no write lock".into(),
+            },
+        ),
+        (
+            "lane-lost",
+            Message::LaneLost {
+                lane: SECOND,
+                text: "reset".into(),
+            },
+        ),
+        ("fence", Message::Fence(SECOND)),
+        (
+            "fenced",
+            Message::Fenced {
+                lane: SECOND,
+                frames: 0x1234,
+                pages: 0x5678,
             },
         ),
         ("finished", Message::Finished),
@@ -171,7 +192,10 @@ fn zero() -> PageRun {
 #[test]
 fn page_frames_are_written_with_the_documented_bytes() {
     let golden = golden();
-    let mut writer = PageLaneWriter::new(LANE, GENERATION);
+    let mut writer = PageLaneWriter::new(LaneId {
+        index: LANE,
+        generation: GENERATION,
+    });
     let mut frame = PageFrame::new(2);
     frame.begin(Round(3));
     let bytes = frame.push_raw(raw()).unwrap();
@@ -191,7 +215,10 @@ fn page_frames_are_read_from_the_documented_bytes() {
     let golden = golden();
     let wire = [&*golden["pages"], &golden["round-end"]].concat();
     let mut from = &*wire;
-    let mut reader = PageLaneReader::new(LANE, GENERATION);
+    let mut reader = PageLaneReader::new(LaneId {
+        index: LANE,
+        generation: GENERATION,
+    });
     let Incoming::Pages(body) = reader.next(&mut from).unwrap() else {
         panic!("pages come first");
     };
@@ -262,6 +289,13 @@ fn the_largest_payloads_fit_their_limits_exactly() {
             "",
             Message::Returned {
                 reason: text.clone(),
+            },
+        ),
+        (
+            "",
+            Message::LaneLost {
+                lane: SECOND,
+                text: text.clone(),
             },
         ),
         (

@@ -9,7 +9,7 @@ use ferry_stream::frame::Generation;
 use ferry_stream::lane::{ControlLane, Incoming, PageLaneReader, PageLaneWriter};
 use ferry_stream::limits::PAGE_BYTES;
 use ferry_stream::link::{Acceptor as _, Connection, Connector as _, Lane, local, pair};
-use ferry_stream::message::{LaneIndex, Message, Round, Run};
+use ferry_stream::message::{LaneId, LaneIndex, Message, Round, Run};
 use ferry_stream::pages::{PageFrame, PageRun, Zeros};
 
 const LANE: LaneIndex = LaneIndex(1);
@@ -76,7 +76,10 @@ async fn lanes() -> (Box<dyn Lane>, Box<dyn Lane>) {
 async fn moves_pages_round_by_round() {
     let (mut source, mut target) = lanes().await;
     let sender = thread::spawn(move || {
-        let mut writer = PageLaneWriter::new(LANE, Generation(3));
+        let mut writer = PageLaneWriter::new(LaneId {
+            index: LANE,
+            generation: Generation(3),
+        });
         let mut frame = PageFrame::new(16);
         for round in [Round(1), Round(2)] {
             frame.begin(round);
@@ -94,7 +97,10 @@ async fn moves_pages_round_by_round() {
         }
     });
     let mut ram = Ram(vec![0xAA; 16 * PAGE_BYTES]);
-    let mut reader = PageLaneReader::new(LANE, Generation(3));
+    let mut reader = PageLaneReader::new(LaneId {
+        index: LANE,
+        generation: Generation(3),
+    });
     for round in [Round(1), Round(2)] {
         let end = ram.receive(&mut reader, &mut *target).unwrap();
         assert_eq!(end, Some((round, 9)));
@@ -117,7 +123,7 @@ async fn a_closer_frees_a_blocked_reader() {
     let closer = target.closer().unwrap();
     let (ended, wait) = mpsc::channel();
     let reader = thread::spawn(move || {
-        let mut reader = PageLaneReader::new(LANE, Generation::default());
+        let mut reader = PageLaneReader::new(LaneId::first(LANE));
         let next = reader.next(&mut *target);
         ended.send(matches!(next, Ok(Incoming::End))).unwrap();
     });
@@ -130,14 +136,14 @@ async fn a_closer_frees_a_blocked_reader() {
 #[tokio::test]
 async fn no_frame_follows_one_that_was_not_placed() {
     let (mut source, mut target) = lanes().await;
-    let mut writer = PageLaneWriter::new(LANE, Generation::default());
+    let mut writer = PageLaneWriter::new(LaneId::first(LANE));
     let mut frame = PageFrame::new(1);
     for first in 0..2 {
         frame.begin(Round(1));
         frame.push_raw(run(first, 1)).unwrap().fill(1);
         writer.send(&mut *source, &mut frame).unwrap();
     }
-    let mut reader = PageLaneReader::new(LANE, Generation::default());
+    let mut reader = PageLaneReader::new(LaneId::first(LANE));
     let _unplaced = reader.next(&mut *target).unwrap();
     let next = reader.next(&mut *target);
     assert!(matches!(next, Err(Error::Broken { lane: LANE })));
@@ -146,11 +152,11 @@ async fn no_frame_follows_one_that_was_not_placed() {
 #[tokio::test]
 async fn a_record_must_be_read_whole() {
     let (mut source, mut target) = lanes().await;
-    let mut writer = PageLaneWriter::new(LANE, Generation::default());
+    let mut writer = PageLaneWriter::new(LaneId::first(LANE));
     let mut frame = PageFrame::new(1);
     frame.push_raw(run(0, 1)).unwrap().fill(1);
     writer.send(&mut *source, &mut frame).unwrap();
-    let mut reader = PageLaneReader::new(LANE, Generation::default());
+    let mut reader = PageLaneReader::new(LaneId::first(LANE));
     let Incoming::Pages(body) = reader.next(&mut *target).unwrap() else {
         panic!("pages were sent");
     };
@@ -174,12 +180,12 @@ async fn a_lost_link_shows_whatever_the_receiver_makes_of_it() {
         }
     }
     let mut wire = Vec::new();
-    let mut writer = PageLaneWriter::new(LANE, Generation::default());
+    let mut writer = PageLaneWriter::new(LaneId::first(LANE));
     let mut frame = PageFrame::new(2);
     frame.push_raw(run(0, 2)).unwrap().fill(1);
     writer.send(&mut wire, &mut frame).unwrap();
     let mut cut = &wire[..wire.len() - 100];
-    let mut reader = PageLaneReader::new(LANE, Generation::default());
+    let mut reader = PageLaneReader::new(LaneId::first(LANE));
     let Incoming::Pages(body) = reader.next(&mut cut).unwrap() else {
         panic!("pages were sent");
     };

@@ -9,8 +9,8 @@ use ferry_stream::limits::{
     PAGE_BYTES, PAGE_NUMBER_END,
 };
 use ferry_stream::message::{
-    AbortCode, Features, Hello, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo, Round,
-    SessionId, Versions,
+    AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
+    Round, SessionId, Versions,
 };
 use ferry_stream::pages::{PageFrame, PageRun};
 
@@ -50,7 +50,7 @@ fn headers() {
     assert_error!(
         first(|b| b[..4].copy_from_slice(b"HTTP")) => BadMagic { found: [b'H', b'T', b'T', b'P'] }
     );
-    assert_error!(first(|b| b[4] = 2) => BadVersion { found: 2 });
+    assert_error!(first(|b| b[4] = 1) => BadVersion { found: 1 });
     assert_error!(first(|b| b[6] = 99) => UnknownKind { found: 99 });
     assert_error!(first(|b| b[7] = 1) => BadFlags { kind: Kind::Ping, found: 1 });
     assert_error!(first(|b| b[8] = 1) => WrongLane { expected: LaneIndex::CONTROL, found: LANE });
@@ -61,7 +61,7 @@ fn headers() {
     assert_error!(first(|b| b[12] = 9) => OutOfSequence { expected: 0, found: 9, .. });
     assert_error!(first(|b| b[20] = 1) => Oversized { kind: Kind::Ping, length: 1, limit: 0 });
     assert_error!(first(|b| b[24] = 1) => BadReserved { kind: Kind::Ping, found: 1 });
-    assert_error!(first(|b| b[28] ^= 1) => Corrupt { lane: LaneIndex::CONTROL, sequence: 0 });
+    assert_error!(first(|b| b[28] ^= 1) => Corrupt { kind: Kind::Ping, lane: LaneIndex::CONTROL, sequence: 0 });
 }
 
 #[test]
@@ -176,7 +176,10 @@ fn what_breaks_a_limit_is_not_sent() {
     assert_error!(encode(&no_offer) => BadField { found: 0, .. });
     let needless = Message::Hello(hello(Purpose::Inquire, Some(offer())));
     assert_error!(encode(&needless) => BadField { found: 1, .. });
-    let control = Message::Hello(hello(Purpose::Lane(LaneIndex::CONTROL), None));
+    let control = Message::Hello(hello(
+        Purpose::Lane(LaneId::first(LaneIndex::CONTROL)),
+        None,
+    ));
     assert_error!(encode(&control) => BadField { found: 0, .. });
     let no_state = Message::State {
         offset: 0,
@@ -212,11 +215,12 @@ fn hellos() {
     assert_error!(change(0, 9) => BadField { field: "the lowest version", found: 9, .. });
     assert_error!(change(28, 4) => BadField { field: "the purpose", found: 4, .. });
     assert_error!(change(29, 1) => BadField { field: "the lane", found: 1, .. });
-    assert_error!(change(31, 3) => BadField { field: "the mode", found: 3, .. });
-    assert_error!(change(35, 1) => BadField { field: "the architecture", found: 257, .. });
-    assert_error!(change(36, 0xFF) => BadText { field: "the architecture", .. });
-    assert_error!(change(36, b'\n') => BadText { field: "the architecture", .. });
-    assert_error!(change(44, 3) => BadField { field: "the number of regions", found: 769, .. });
+    assert_error!(change(31, 1) => BadField { field: "the lane", found: 0, .. });
+    assert_error!(change(33, 3) => BadField { field: "the mode", found: 3, .. });
+    assert_error!(change(37, 1) => BadField { field: "the architecture", found: 257, .. });
+    assert_error!(change(38, 0xFF) => BadText { field: "the architecture", .. });
+    assert_error!(change(38, b'\n') => BadText { field: "the architecture", .. });
+    assert_error!(change(46, 3) => BadField { field: "the number of regions", found: 769, .. });
 }
 
 #[test]
@@ -327,7 +331,10 @@ fn pages(round: u32, count: u32, table: &[u8], data_bytes: usize) -> Vec<u8> {
 fn receive(frames: &[Vec<u8>]) -> Result<(), Error> {
     let wire = frames.concat();
     let mut from = &*wire;
-    let mut reader = PageLaneReader::new(LANE, Generation(4));
+    let mut reader = PageLaneReader::new(LaneId {
+        index: LANE,
+        generation: Generation(4),
+    });
     loop {
         match reader.next(&mut from)? {
             Incoming::End => return Ok(()),
@@ -392,7 +399,7 @@ fn page_tables() {
     let mut moved = pages(1, 1, &table(&[ZEROS]), 0);
     moved[20] ^= 1;
     assert_error!(
-        receive(&[sealed(Kind::Pages, 0, &moved)]) => Corrupt { lane: LANE, sequence: 0 }
+        receive(&[sealed(Kind::Pages, 0, &moved)]) => Corrupt { kind: Kind::Pages, lane: LANE, sequence: 0 }
     );
 }
 
@@ -476,7 +483,10 @@ fn a_full_table_keeps_zeros_as_bytes() {
     assert_eq!(frame.elide_zeros(ferry_stream::pages::Zeros::Tell), 0);
     assert_eq!(frame.pages(), before);
     let mut wire = Vec::new();
-    let mut writer = ferry_stream::lane::PageLaneWriter::new(LANE, Generation(4));
+    let mut writer = ferry_stream::lane::PageLaneWriter::new(LaneId {
+        index: LANE,
+        generation: Generation(4),
+    });
     writer.send(&mut wire, &mut frame).unwrap();
     receive(&[wire]).unwrap();
 }

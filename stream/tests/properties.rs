@@ -8,8 +8,8 @@ use ferry_stream::frame::{Decoder, Generation, Header, Kind, Position};
 use ferry_stream::lane::{Incoming, PageLaneReader, PageLaneWriter};
 use ferry_stream::limits::{MAX_NAME, MAX_TEXT, PAGE_BYTES, PAGE_NUMBER_END};
 use ferry_stream::message::{
-    AbortCode, Features, Hello, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo, Round, Run,
-    SessionId, Verdict, Versions, Welcome,
+    AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
+    Round, Run, SessionId, Verdict, Versions, Welcome,
 };
 use ferry_stream::pages::{PageFrame, PageRun, Record, Zeros};
 use proptest::collection::vec;
@@ -48,10 +48,17 @@ fn offer() -> impl Strategy<Value = Offer> {
         })
 }
 
+fn lane() -> impl Strategy<Value = LaneId> {
+    (1..=64_u16, any::<u16>()).prop_map(|(index, generation)| LaneId {
+        index: LaneIndex(index),
+        generation: Generation(generation),
+    })
+}
+
 fn hello() -> impl Strategy<Value = Message> {
     let purpose = prop_oneof![
         offer().prop_map(|offer| (Purpose::Migrate, Some(offer))),
-        (1..=64_u16).prop_map(|lane| (Purpose::Lane(LaneIndex(lane)), None)),
+        lane().prop_map(|lane| (Purpose::Lane(lane), None)),
         Just((Purpose::Inquire, None)),
     ];
     let versions = (1_u16.., any::<u16>()).prop_map(|(lowest, more)| Versions {
@@ -112,6 +119,13 @@ fn message() -> impl Strategy<Value = Message> {
             pages,
             state_bytes,
             state_crc,
+        }),
+        (lane(), "[a-zé ]{0,300}").prop_map(|(lane, text)| Message::LaneLost { lane, text }),
+        lane().prop_map(Message::Fence),
+        (lane(), any::<u64>(), any::<u64>()).prop_map(|(lane, frames, pages)| Message::Fenced {
+            lane,
+            frames,
+            pages,
         }),
         "[a-zé ]{0,300}".prop_map(|reason| Message::Returned { reason }),
         (any::<u16>(), "[a-zé ]{0,300}").prop_map(|(code, text)| Message::Abort {
@@ -315,7 +329,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 fn send(steps: &[Step]) -> (Vec<u8>, Vec<u8>) {
     let mut wire = Vec::new();
     let mut ram = vec![0xEE; PAGES as usize * PAGE_BYTES];
-    let mut writer = PageLaneWriter::new(LANE, Generation::default());
+    let mut writer = PageLaneWriter::new(LaneId::first(LANE));
     let mut frame = PageFrame::new(40);
     for step in steps {
         match step {
@@ -362,7 +376,7 @@ fn bytes_of(run: &PageRun) -> std::ops::Range<usize> {
 /// Places what comes until the round's end, and notes the runs that were written to.
 fn receive(from: &mut impl Read, ram: &mut [u8]) -> (Vec<PageRun>, Result<u64, Error>) {
     let mut touched = Vec::new();
-    let mut reader = PageLaneReader::new(LANE, Generation::default());
+    let mut reader = PageLaneReader::new(LaneId::first(LANE));
     let end = loop {
         match reader.next(from) {
             Ok(Incoming::Pages(body)) => {
@@ -457,7 +471,7 @@ proptest! {
         let crc = hasher.finalize().to_le_bytes();
         let payload = [&*fixed, &crc, &table, &vec![1; data_bytes + surplus]].concat();
         let wire = sealed(Kind::Pages, LANE, 0, &payload);
-        let mut reader = PageLaneReader::new(LANE, Generation::default());
+        let mut reader = PageLaneReader::new(LaneId::first(LANE));
         if let Ok(Incoming::Pages(body)) = reader.next(&mut &*wire) {
             prop_assert_eq!((surplus, body.records().len()), (0, records.len()));
             let told: u64 = body.records().iter().map(Record::data_bytes).sum();

@@ -5,12 +5,11 @@ use std::io;
 use std::thread;
 use std::time::Duration;
 
-use ferry_stream::frame::Generation;
 use ferry_stream::lane::{ControlLane, Incoming, PageLaneReader, PageLaneWriter};
 use ferry_stream::link::{
     Acceptor as _, Connection, Connector as _, Lane, TcpAcceptor, TcpConnector,
 };
-use ferry_stream::message::{LaneIndex, Message, Round};
+use ferry_stream::message::{LaneId, LaneIndex, Message, Round};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -34,11 +33,11 @@ async fn links_become_lanes() {
         greet(target, Message::Ready, Message::Ping),
     );
     let sender = thread::spawn(move || {
-        let mut writer = PageLaneWriter::new(LaneIndex(1), Generation::default());
+        let mut writer = PageLaneWriter::new(LaneId::first(LaneIndex(1)));
         writer.end_round(&mut *source, Round(1)).unwrap();
         source.closer().unwrap().close().unwrap();
     });
-    let mut reader = PageLaneReader::new(LaneIndex(1), Generation::default());
+    let mut reader = PageLaneReader::new(LaneId::first(LaneIndex(1)));
     let end = reader.next(&mut *target).unwrap();
     assert!(matches!(
         end,

@@ -7,11 +7,10 @@ use bytes::Bytes;
 use ferry_engine::core::message::{GuestLeft, Outcome, Phase, Reason};
 use ferry_engine::link::Connection;
 use ferry_engine::message::{
-    AbortCode, Features, Hello, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo, Round, Run,
-    SessionId, Versions, Welcome,
+    AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
+    Round, Run, SessionId, Versions, Welcome,
 };
 use ferry_engine::{Bandwidth, Finished};
-use ferry_stream::frame::Generation;
 use ferry_stream::lane::{ControlLane, PageLaneWriter};
 use ferry_stream::link::Lane;
 use ferry_stream::pages::{PageFrame, PageRun};
@@ -154,7 +153,7 @@ async fn who_begins_with_anything_but_hello_is_dropped() -> Outcomes {
         assert_eq!(next(&mut lane).await, None, "{message:?}");
     }
     // A session that is not at work here, yet.
-    for purpose in [Purpose::Lane(LaneIndex(1)), Purpose::Inquire] {
+    for purpose in [Purpose::Lane(LaneId::first(LaneIndex(1))), Purpose::Inquire] {
         let mut lane = dial(address).await;
         lane.writer
             .send(&Message::Hello(hello(purpose, SESSION)))
@@ -219,7 +218,10 @@ async fn a_second_source_is_told_to_wait_and_a_wrong_lane_is_refused() -> Outcom
     assert!(busy, "{answer:?}");
     let mut lane = dial(address).await;
     lane.writer
-        .send(&Message::Hello(hello(Purpose::Lane(LaneIndex(1)), SESSION)))
+        .send(&Message::Hello(hello(
+            Purpose::Lane(LaneId::first(LaneIndex(1))),
+            SESSION,
+        )))
         .await?;
     let answer = next(&mut lane).await;
     let refused = matches!(
@@ -312,7 +314,7 @@ impl Impostor {
         assert!(matches!(welcome, Some(Message::Welcome(_))), "{welcome:?}");
         let mut lane = dial(address).await;
         let first = LaneIndex(1);
-        let hello = hello(Purpose::Lane(first), SESSION);
+        let hello = hello(Purpose::Lane(LaneId::first(first)), SESSION);
         lane.writer.send(&Message::Hello(hello)).await.unwrap();
         let welcome = next(&mut lane).await;
         assert!(matches!(welcome, Some(Message::Welcome(_))), "{welcome:?}");
@@ -320,7 +322,7 @@ impl Impostor {
         Self {
             control,
             lane: lane.into_inner().unwrap().into_lane().unwrap(),
-            writer: PageLaneWriter::new(first, Generation::default()),
+            writer: PageLaneWriter::new(LaneId::first(first)),
         }
     }
 
@@ -406,7 +408,7 @@ async fn what_must_not_come_ends_the_migration() -> Outcomes {
         Message::Finished,
         Message::Running,
         Message::Welcome(Welcome {
-            version: 1,
+            version: Versions::OURS.highest,
             features: Features::NONE,
             lanes: 1,
         }),

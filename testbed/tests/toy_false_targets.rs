@@ -7,7 +7,7 @@ use ferry_engine::Finished;
 use ferry_engine::core::layout::PAGE_SIZE;
 use ferry_engine::core::message::{GuestLeft, Outcome, Reason};
 use ferry_engine::link::{Acceptor as _, Connection, LocalAcceptor, local};
-use ferry_engine::message::{AbortCode, Features, Message, Round, Run, Welcome};
+use ferry_engine::message::{AbortCode, Features, Message, Round, Run, Versions, Welcome};
 use ferry_engine::vmm::RunState;
 use ferry_stream::lane::ControlLane;
 use ferry_testbed::toy::{Model, Pair};
@@ -110,7 +110,7 @@ async fn false_target(mut acceptor: LocalAcceptor, welcome: Welcome, last: Messa
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_that_lies_keeps_the_guest() {
     let honest = Welcome {
-        version: 1,
+        version: Versions::OURS.highest,
         features: Features::NONE,
         lanes: 1,
     };

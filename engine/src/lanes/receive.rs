@@ -5,10 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::{io, thread};
 
 use crc32fast::Hasher;
-use ferry_stream::frame::Generation;
 use ferry_stream::lane::{Incoming, PageLaneReader};
 use ferry_stream::link::Lane;
-use ferry_stream::message::LaneIndex;
+use ferry_stream::message::{LaneId, LaneIndex};
 use ferry_stream::pages::{Encoding, Record};
 
 use super::send::PanicWatch;
@@ -37,7 +36,7 @@ impl Receivers {
         facts: &Facts,
     ) -> io::Result<()> {
         self.closers.add(lane.closer()?);
-        let reader = PageLaneReader::new(index, Generation::default());
+        let reader = PageLaneReader::new(LaneId::first(index));
         let receiver = Receiver {
             index,
             lane,

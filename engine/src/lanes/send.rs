@@ -7,11 +7,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::{io, thread};
 
-use ferry_stream::frame::Generation;
 use ferry_stream::lane::PageLaneWriter;
 use ferry_stream::limits::MAX_RECORDS;
 use ferry_stream::link::Lane;
-use ferry_stream::message::{LaneIndex, Round};
+use ferry_stream::message::{LaneId, LaneIndex, Round};
 use ferry_stream::pages::{PageFrame, PageRun, Zeros};
 
 use super::{Closers, tell_lost};
@@ -168,7 +167,7 @@ struct Sender {
 
 impl Sender {
     fn new(index: LaneIndex, lane: Box<dyn Lane>, outfit: Outfit) -> Self {
-        let writer = PageLaneWriter::new(index, Generation::default());
+        let writer = PageLaneWriter::new(LaneId::first(index));
         Self {
             index,
             lane,

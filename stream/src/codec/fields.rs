@@ -2,13 +2,13 @@
 
 use bytes::{Buf, Bytes, TryGetError};
 
-use super::clean;
+use super::{NO_LANE, clean};
 use crate::error::Error;
-use crate::frame::Kind;
+use crate::frame::{Generation, Kind};
 use crate::limits::{MAX_NAME, MAX_REGIONS, MAX_TEXT};
 use crate::message::{
-    AbortCode, Features, Hello, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo, Round, Run,
-    SessionId, Verdict, Versions, Welcome,
+    AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
+    Round, Run, SessionId, Verdict, Versions, Welcome,
 };
 
 /// A payload, read from its front.
@@ -74,6 +74,16 @@ impl Fields {
                 code: AbortCode::from_number(self.u16()?),
                 text: clean(&self.text("the text", MAX_TEXT)?),
             },
+            Kind::LaneLost => Message::LaneLost {
+                lane: self.lane()?,
+                text: clean(&self.text("the text", MAX_TEXT)?),
+            },
+            Kind::Fence => Message::Fence(self.lane()?),
+            Kind::Fenced => Message::Fenced {
+                lane: self.lane()?,
+                frames: self.u64()?,
+                pages: self.u64()?,
+            },
             Kind::Pages | Kind::RoundEnd => {
                 return Err(Error::MisplacedKind {
                     kind: self.kind,
@@ -94,12 +104,12 @@ impl Fields {
             .try_copy_to_slice(&mut session.0)
             .map_err(|error| self.short(&error))?;
         let purpose = self.u8()?;
-        let lane = LaneIndex(self.u16()?);
+        let lane = self.lane()?;
         let purpose = match (purpose, lane) {
-            (1, LaneIndex::CONTROL) => Purpose::Migrate,
+            (1, NO_LANE) => Purpose::Migrate,
             (2, lane) => Purpose::Lane(lane),
-            (3, LaneIndex::CONTROL) => Purpose::Inquire,
-            (1 | 3, lane) => return Err(self.bad("the lane", lane.0)),
+            (3, NO_LANE) => Purpose::Inquire,
+            (1 | 3, lane) => return Err(self.bad("the lane", lane.index.0)),
             (found, _) => return Err(self.bad("the purpose", found)),
         };
         let offer = match purpose {
@@ -112,6 +122,13 @@ impl Fields {
             session,
             purpose,
             offer,
+        })
+    }
+
+    fn lane(&mut self) -> Result<LaneId, Error> {
+        Ok(LaneId {
+            index: LaneIndex(self.u16()?),
+            generation: Generation(self.u16()?),
         })
     }
 

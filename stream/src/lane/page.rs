@@ -5,9 +5,9 @@ use std::io::{self, IoSlice, Read, Write};
 use crc32fast::Hasher;
 
 use crate::error::Error;
-use crate::frame::{Generation, HEADER_BYTES, Header, Kind, Position, array};
+use crate::frame::{HEADER_BYTES, Header, Kind, Position, array};
 use crate::limits::MAX_RECORDS;
-use crate::message::{LaneIndex, Round};
+use crate::message::{LaneId, Round};
 use crate::pages::{PREFIX_BYTES, PageFrame, Prefix, RECORD_BYTES, Record, parse_round};
 
 /// What every frame of a page lane begins with: a header and twelve bytes.
@@ -24,12 +24,17 @@ pub struct PageLaneWriter {
 
 impl PageLaneWriter {
     /// A writer for a fresh connection.
-    pub fn new(lane: LaneIndex, generation: Generation) -> Self {
+    pub fn new(lane: LaneId) -> Self {
         Self {
-            next: Position::first(lane, generation),
+            next: Position::first(lane.index, lane.generation),
             pages: 0,
             broken: false,
         }
+    }
+
+    /// The number of the next frame: how many were sent.
+    pub fn frames(&self) -> u64 {
+        self.next.sequence
     }
 
     /// Sends a frame, with one system call where the socket takes it, and returns its length in
@@ -127,15 +132,25 @@ pub enum Incoming<'a, R: ?Sized> {
 
 impl PageLaneReader {
     /// A reader for a fresh connection.
-    pub fn new(lane: LaneIndex, generation: Generation) -> Self {
+    pub fn new(lane: LaneId) -> Self {
         Self {
-            due: Position::first(lane, generation),
+            due: Position::first(lane.index, lane.generation),
             round: None,
             pages: 0,
             table: Vec::with_capacity(MAX_RECORDS * RECORD_BYTES),
             records: Vec::with_capacity(MAX_RECORDS),
             broken: false,
         }
+    }
+
+    /// How many whole frames came, each checked and in place.
+    pub fn frames(&self) -> u64 {
+        self.due.sequence
+    }
+
+    /// Pages of those that came since the lane's last end of a round.
+    pub fn pages(&self) -> u64 {
+        self.pages
     }
 
     /// Waits for the next frame. Pages are told with their table read and checked, and their bytes

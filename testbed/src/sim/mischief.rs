@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry_engine::core::message::{Input, Inquirer, Reason, Step};
 use ferry_engine::vmm::GuestEvent;
-use ferry_stream::message::{AbortCode, Features, Message, Round, Run, Verdict, Welcome};
+use ferry_stream::message::{AbortCode, Features, Message, Round, Run, Verdict, Versions, Welcome};
 
 use super::event::Event;
 use super::guest::{Content, Power, RunBy};
@@ -75,7 +75,7 @@ impl World {
     /// A message that must not come now, or not at all; never a lie about who owns the guest.
     fn nonsense(&mut self, side: Side) -> Message {
         let welcome = Welcome {
-            version: 1,
+            version: Versions::OURS.highest,
             features: Features::NONE,
             lanes: 1,
         };

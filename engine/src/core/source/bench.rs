@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ferry_stream::message::{Features, Message, Mode, Round, SessionId, Welcome};
+use ferry_stream::message::{Features, Message, Mode, Round, SessionId, Versions, Welcome};
 
 use super::{Source, SourceConfig, SourceLimits};
 use crate::core::converge::{Converge, Verdict, View};
@@ -170,7 +170,7 @@ impl Bench {
 /// Every fact of a migration without trouble, with what it leads to.
 pub(super) fn happy_path() -> Vec<(Input, Vec<&'static str>)> {
     let welcome = Message::Welcome(Welcome {
-        version: 1,
+        version: Versions::OURS.highest,
         features: Features::NONE,
         lanes: 2,
     });
