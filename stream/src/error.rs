@@ -5,6 +5,7 @@ use std::io;
 use crate::frame::{Generation, Kind, MAGIC};
 use crate::limits::{HIGHEST_VERSION, LOWEST_VERSION};
 use crate::message::{AbortCode, LaneIndex, Round};
+use crate::pages::Packing;
 
 /// What went wrong on a lane. After any of them the lane is of no further use.
 #[derive(Debug, thiserror::Error)]
@@ -153,11 +154,33 @@ pub enum Error {
         /// Its value, or its length where it is a list or a text.
         found: u64,
     },
-    /// A page record in an encoding that version 1 does not have.
+    /// A page record in an unknown encoding.
     #[error("a page record in unknown encoding {found}")]
     UnknownEncoding {
         /// The encoding's number.
         found: u8,
+    },
+    /// A page frame that was packed in an unknown way.
+    #[error("a page frame in unknown packing {found}")]
+    UnknownPacking {
+        /// The packing's number.
+        found: u8,
+    },
+    /// The data of a page frame does not unpack to what its table tells.
+    #[error("the {packing:?} data of a page frame does not unpack to {needed} bytes")]
+    BadPacking {
+        /// How it was packed.
+        packing: Packing,
+        /// How many bytes its records need.
+        needed: usize,
+        /// How many came out, when it could be unpacked at all.
+        found: Option<usize>,
+    },
+    /// A delta breaks its own form.
+    #[error("a delta is malformed in {field}")]
+    BadDelta {
+        /// In what.
+        field: &'static str,
     },
     /// The data lengths of a page frame's records do not add up to what the frame carries.
     #[error("the records of a page frame need {needed} bytes of data, it has {found}")]

@@ -40,6 +40,9 @@ pub const MAX_RAW_PAGES: u32 = 256;
 /// Most bytes of page data in a page frame.
 pub const MAX_PAGE_DATA: usize = MAX_RAW_PAGES as usize * PAGE_BYTES;
 
+/// Most bytes of a delta: with a longer one its page had better travel as it is.
+pub const MAX_DELTA_BYTES: usize = PAGE_BYTES / 2;
+
 /// Most pages in one zero record: it costs the wire nothing, but the receiver time.
 pub const MAX_ZERO_PAGES: u32 = 1 << 16;
 

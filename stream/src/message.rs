@@ -129,6 +129,12 @@ impl Features {
     /// None: what every version has.
     pub const NONE: Self = Self(0);
 
+    /// What either has.
+    #[must_use]
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
     /// What both have.
     #[must_use]
     pub fn intersection(self, other: Self) -> Self {

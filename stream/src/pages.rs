@@ -1,25 +1,42 @@
-//! Page frames: many runs of pages, told by a table, then the bytes of those that have any.
+//! Page frames: many runs of pages, told by a table, then the data of those that have any.
+//!
+//! How a run's bytes are told is its record's [`Encoding`]; whether the data of all records was made
+//! smaller for the link is the frame's [`Packing`].
 //!
 //! A receiver reads the bytes straight into guest RAM, before it can know the frame's checksum. So
 //! the table has a checksum of its own, and no address is used before that fits: what a corrupted
-//! frame can spoil are the pages that it names, which come again, and never others.
+//! frame can spoil are the pages that it names, which come again, and never others. Packed data is
+//! checked, unpacked and compared with the length that the table tells before any page is touched.
 
 mod builder;
+pub mod delta;
+mod packing;
 
-pub use self::builder::{PageFrame, Zeros};
+pub use self::builder::{DeltaBuffer, PageFrame, Zeros};
+pub(crate) use self::packing::Unpacker;
+pub use self::packing::{Effort, Packer, Packing};
+use std::ops::RangeInclusive;
+
 use crate::error::Error;
 use crate::frame::{Header, Kind, array};
-use crate::limits::{MAX_RAW_PAGES, MAX_RECORDS, MAX_ZERO_PAGES, PAGE_BYTES, PAGE_NUMBER_END};
+use crate::limits::{
+    MAX_DELTA_BYTES, MAX_PAGE_DATA, MAX_RAW_PAGES, MAX_RECORDS, MAX_ZERO_PAGES, PAGE_BYTES,
+    PAGE_NUMBER_END,
+};
 use crate::message::Round;
 
-/// Length in bytes of what comes before the table: round (u32), number of records (u32), CRC32 of
-/// these two and the table. The whole payload of a round's end is as long.
+/// Length in bytes of what comes before the table: round (u32), number of records (u16), packing
+/// (u8), a reserved byte, CRC32 of these and the table. The whole payload of a round's end is as
+/// long.
 pub(crate) const PREFIX_BYTES: usize = 12;
 
 /// Length in bytes of a record in the table.
 pub(crate) const RECORD_BYTES: usize = 24;
 
-/// How a run's bytes travel. 2 is set aside for compressed pages, 3 for deltas.
+/// How long a delta may be, in bytes.
+const DELTA_BYTES: RangeInclusive<usize> = delta::FIXED_BYTES..=MAX_DELTA_BYTES;
+
+/// How a run's bytes are told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Encoding {
@@ -27,6 +44,11 @@ pub enum Encoding {
     Zero,
     /// As they are.
     Raw,
+    /// By how they differ from what was sent before: see [`delta`]. One page.
+    Delta {
+        /// Length of the delta in bytes.
+        bytes: u32,
+    },
 }
 
 impl Encoding {
@@ -34,13 +56,15 @@ impl Encoding {
         match self {
             Self::Zero => 0,
             Self::Raw => 1,
+            Self::Delta { .. } => 2,
         }
     }
 
-    fn parse(found: u8) -> Result<Self, Error> {
+    fn parse(found: u8, data_bytes: u32) -> Result<Self, Error> {
         match found {
             0 => Ok(Self::Zero),
             1 => Ok(Self::Raw),
+            2 => Ok(Self::Delta { bytes: data_bytes }),
             found => Err(Error::UnknownEncoding { found }),
         }
     }
@@ -49,6 +73,7 @@ impl Encoding {
         match self {
             Self::Zero => MAX_ZERO_PAGES,
             Self::Raw => MAX_RAW_PAGES,
+            Self::Delta { .. } => 1,
         }
     }
 }
@@ -65,21 +90,22 @@ pub struct PageRun {
     pub count: u32,
 }
 
-/// A run of pages and how its bytes travel.
+/// A run of pages and how its bytes are told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
     /// The pages.
     pub run: PageRun,
-    /// How their bytes travel.
+    /// How their bytes are told.
     pub encoding: Encoding,
 }
 
 impl Record {
-    /// Length in bytes of its data in the frame.
+    /// Length in bytes of its data, unpacked.
     pub fn data_bytes(&self) -> u64 {
         match self.encoding {
             Encoding::Zero => 0,
             Encoding::Raw => u64::from(self.run.count) * PAGE_BYTES as u64,
+            Encoding::Delta { bytes } => bytes.into(),
         }
     }
 
@@ -96,13 +122,14 @@ impl Record {
 
     fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let kind = Kind::Pages;
+        let data_bytes = u32::from_le_bytes(array(bytes, 16));
         let record = Self {
             run: PageRun {
                 region: u16::from_le_bytes(array(bytes, 0)),
                 first: u64::from_le_bytes(array(bytes, 8)),
                 count: u32::from_le_bytes(array(bytes, 4)),
             },
-            encoding: Encoding::parse(bytes[2])?,
+            encoding: Encoding::parse(bytes[2], data_bytes)?,
         };
         record.check()?;
         let reserved = u32::from(bytes[3]) | u32::from_le_bytes(array(bytes, 20));
@@ -112,11 +139,10 @@ impl Record {
                 found: reserved,
             });
         }
-        let data_bytes = u64::from(u32::from_le_bytes(array(bytes, 16)));
-        if data_bytes != record.data_bytes() {
+        if u64::from(data_bytes) != record.data_bytes() {
             return Err(Error::WrongDataLength {
                 needed: record.data_bytes(),
-                found: data_bytes,
+                found: data_bytes.into(),
             });
         }
         Ok(record)
@@ -139,6 +165,15 @@ impl Record {
                 found: first,
             });
         }
+        if let Encoding::Delta { bytes } = self.encoding
+            && !DELTA_BYTES.contains(&(bytes as usize))
+        {
+            return Err(Error::BadField {
+                kind,
+                field: "the length of a delta",
+                found: bytes.into(),
+            });
+        }
         Ok(())
     }
 }
@@ -149,8 +184,10 @@ pub(crate) struct Prefix {
     pub(crate) round: Round,
     /// Length of the table in bytes, within its limit.
     pub(crate) table_bytes: usize,
-    /// Length of the data in bytes, within its limit.
-    pub(crate) data_bytes: u64,
+    /// Length of the data in bytes as it travels, within its limit.
+    pub(crate) wire_bytes: usize,
+    /// How the data was packed.
+    pub(crate) packing: Option<Packing>,
     table_crc: u32,
 }
 
@@ -158,7 +195,14 @@ impl Prefix {
     pub(crate) fn parse(header: &Header, bytes: &[u8; PREFIX_BYTES]) -> Result<Self, Error> {
         let kind = Kind::Pages;
         let round = u32::from_le_bytes(array(bytes, 0));
-        let records = u32::from_le_bytes(array(bytes, 4)) as usize;
+        let records = usize::from(u16::from_le_bytes(array(bytes, 4)));
+        let reserved = bytes[7];
+        if reserved != 0 {
+            return Err(Error::BadReserved {
+                kind,
+                found: reserved.into(),
+            });
+        }
         if records == 0 || records > MAX_RECORDS {
             return Err(Error::BadField {
                 kind,
@@ -168,36 +212,41 @@ impl Prefix {
         }
         let table_bytes = records * RECORD_BYTES;
         let rest = (header.length as usize).checked_sub(PREFIX_BYTES + table_bytes);
-        let data_bytes = rest.ok_or(Error::ShortPayload { kind })? as u64;
+        let wire_bytes = rest.ok_or(Error::ShortPayload { kind })?;
         Ok(Self {
             round: parse_round(kind, round)?,
             table_bytes,
-            data_bytes,
+            wire_bytes,
+            packing: Packing::parse(bytes[6])?,
             table_crc: u32::from_le_bytes(array(bytes, 8)),
         })
     }
 
-    /// Replaces `records` by those of `table`, all of them checked.
+    /// Replaces `records` by those of `table`, all of them checked, and returns the length of their
+    /// data in bytes, within its limit.
     pub(crate) fn parse_table(
         &self,
         header: &Header,
         prefix: &[u8; PREFIX_BYTES],
         table: &[u8],
         records: &mut Vec<Record>,
-    ) -> Result<(), Error> {
+    ) -> Result<usize, Error> {
         header.verify(table_hasher(prefix, table), self.table_crc)?;
         records.clear();
         for bytes in table.chunks_exact(RECORD_BYTES) {
             records.push(Record::parse(bytes)?);
         }
-        let needed = records.iter().map(Record::data_bytes).sum();
-        if needed != self.data_bytes {
-            return Err(Error::WrongDataLength {
-                needed,
-                found: self.data_bytes,
-            });
+        let needed: u64 = records.iter().map(Record::data_bytes).sum();
+        let found = self.wire_bytes as u64;
+        let fits = match self.packing {
+            None => needed == found,
+            // What is not smaller travels as it is.
+            Some(_) => found > 0 && found < needed && needed <= MAX_PAGE_DATA as u64,
+        };
+        match usize::try_from(needed) {
+            Ok(needed) if fits => Ok(needed),
+            _ => Err(Error::WrongDataLength { needed, found }),
         }
-        Ok(())
     }
 }
 

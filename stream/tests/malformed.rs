@@ -12,7 +12,7 @@ use ferry_stream::message::{
     AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
     Round, SessionId, Versions,
 };
-use ferry_stream::pages::{PageFrame, PageRun};
+use ferry_stream::pages::{DeltaBuffer, Packing, PageFrame, PageRun};
 
 /// `$result` is the error `$error`; says what it is otherwise.
 macro_rules! assert_error {
@@ -366,10 +366,24 @@ fn page_tables() {
         change(&mut record);
         receive_records(&[record], 4096)
     };
-    assert_error!(with(|r| r.encoding = 2) => UnknownEncoding { found: 2 });
+    assert_error!(with(|r| r.encoding = 2) => BadField { field: "the length of a delta", .. });
     assert_error!(with(|r| r.encoding = 3) => UnknownEncoding { found: 3 });
     assert_error!(with(|r| r.reserved = 1) => BadReserved { found: 1, .. });
     assert_error!(with(|r| r.reserved_end = 1) => BadReserved { found: 1, .. });
+    let delta = |count, data_bytes| {
+        let record = Raw {
+            encoding: 2,
+            count,
+            data_bytes,
+            ..ONE_PAGE
+        };
+        receive_records(&[record], data_bytes as usize)
+    };
+    delta(1, 8).unwrap();
+    delta(1, 2048).unwrap();
+    assert_error!(delta(1, 7) => BadField { field: "the length of a delta", found: 7, .. });
+    assert_error!(delta(1, 2049) => BadField { found: 2049, .. });
+    assert_error!(delta(2, 16) => BadField { field: "the number of pages in a record", .. });
     assert_error!(with(|r| r.count = 0) => BadField { found: 0, .. });
     assert_error!(with(|r| r.count = MAX_RAW_PAGES + 1) => BadField { found: 257, .. });
     assert_error!(with(|r| r.first = PAGE_NUMBER_END) => BadField { found: PAGE_NUMBER_END, .. });
@@ -400,6 +414,64 @@ fn page_tables() {
     moved[20] ^= 1;
     assert_error!(
         receive(&[sealed(Kind::Pages, 0, &moved)]) => Corrupt { kind: Kind::Pages, lane: LANE, sequence: 0 }
+    );
+}
+
+/// A frame of `pages` raw pages whose data is `data`, packed as told or not.
+fn packed(packing: u8, pages: u32, data: &[u8]) -> Vec<u8> {
+    let runs = (0..pages.div_ceil(MAX_RAW_PAGES)).map(|run| {
+        let count = MAX_RAW_PAGES.min(pages - run * MAX_RAW_PAGES);
+        Raw {
+            count,
+            data_bytes: count * 4096,
+            ..ONE_PAGE
+        }
+    });
+    let runs: Vec<_> = runs.collect();
+    let count = u32::try_from(runs.len()).unwrap() | u32::from(packing) << 16;
+    let payload = self::pages(1, count, &table(&runs), 0);
+    sealed(Kind::Pages, 0, &[&*payload, data].concat())
+}
+
+#[test]
+fn packed_data() {
+    let lz4 = |pages: u32| lz4_flex::block::compress(&vec![7; pages as usize * PAGE_BYTES]);
+    let zstd = |pages: u32| zstd::bulk::compress(&vec![7; pages as usize * PAGE_BYTES], 1).unwrap();
+    for (number, packing, data) in [
+        (1, Packing::Lz4, lz4 as fn(u32) -> Vec<u8>),
+        (2, Packing::Zstd, zstd),
+    ] {
+        receive(&[packed(number, 3, &data(3))]).unwrap();
+        for wrong in [1, 2, 4, 250] {
+            assert_error!(
+                receive(&[packed(number, 3, &data(wrong))])
+                    => BadPacking { needed: 12_288, .. }
+            );
+        }
+        // What would unpack to gigabytes unpacks to no more than the table has pages for.
+        let bomb = match packing {
+            Packing::Lz4 => lz4_flex::block::compress(&vec![7; 1 << 24]),
+            _ => zstd::bulk::compress(&vec![7; 1 << 28], 1).unwrap(),
+        };
+        let room = u32::try_from(bomb.len().div_ceil(PAGE_BYTES)).unwrap() + 1;
+        assert_error!(
+            receive(&[packed(number, room, &bomb)]) => BadPacking { found: None, .. }
+        );
+        assert_error!(receive(&[packed(number, 1, b"no such thing")]) => BadPacking { .. });
+        assert_error!(receive(&[packed(number, 1, &[])]) => WrongDataLength { found: 0, .. });
+        // Packed data is shorter than what it is packed from, or it would not be packed.
+        assert_error!(
+            receive(&[packed(number, 1, &[0; PAGE_BYTES])]) => WrongDataLength { .. }
+        );
+        assert_error!(
+            receive(&[packed(number, MAX_RAW_PAGES + 1, &data(257))]) => WrongDataLength { .. }
+        );
+    }
+    assert_error!(receive(&[packed(3, 1, &[0])]) => UnknownPacking { found: 3 });
+    let mut reserved = pages(1, 1, &table(&[ZEROS]), 0);
+    reserved[7] = 1;
+    assert_error!(
+        receive(&[sealed(Kind::Pages, 0, &reserved)]) => BadReserved { found: 1, .. }
     );
 }
 
@@ -482,6 +554,35 @@ fn a_full_table_keeps_zeros_as_bytes() {
     let before = frame.pages();
     assert_eq!(frame.elide_zeros(ferry_stream::pages::Zeros::Tell), 0);
     assert_eq!(frame.pages(), before);
+    let mut wire = Vec::new();
+    let mut writer = ferry_stream::lane::PageLaneWriter::new(LaneId {
+        index: LANE,
+        generation: Generation(4),
+    });
+    writer.send(&mut wire, &mut frame).unwrap();
+    receive(&[wire]).unwrap();
+}
+
+#[test]
+fn only_a_page_alone_that_is_much_the_same_is_told_as_a_delta() {
+    let run = |first, count| PageRun {
+        region: 0,
+        first,
+        count,
+    };
+    let (base, mut scratch) = ([1; PAGE_BYTES], DeltaBuffer::new());
+    let mut frame = PageFrame::new(8);
+    assert!(!frame.tell_as_delta(&base, &mut scratch));
+    frame.push_raw(run(0, 2)).unwrap().fill(1);
+    assert!(!frame.tell_as_delta(&base, &mut scratch));
+    frame.push_raw(run(2, 1)).unwrap().fill(2);
+    assert!(!frame.tell_as_delta(&base, &mut scratch));
+    frame.push_raw(run(3, 1)).unwrap().fill(1);
+    assert!(frame.tell_as_delta(&base, &mut scratch));
+    assert!(!frame.tell_as_delta(&base, &mut scratch));
+    frame.push_raw(run(4, 1)).unwrap().fill(3);
+    assert_eq!(frame.pages(), 5);
+    assert_eq!(frame.data().len(), 4 * PAGE_BYTES + 8);
     let mut wire = Vec::new();
     let mut writer = ferry_stream::lane::PageLaneWriter::new(LaneId {
         index: LANE,

@@ -6,12 +6,12 @@ use bytes::{Bytes, BytesMut};
 use ferry_stream::Error;
 use ferry_stream::frame::{Decoder, Generation, Header, Kind, Position};
 use ferry_stream::lane::{Incoming, PageLaneReader, PageLaneWriter};
-use ferry_stream::limits::{MAX_NAME, MAX_TEXT, PAGE_BYTES, PAGE_NUMBER_END};
+use ferry_stream::limits::{MAX_NAME, MAX_PAGE_DATA, MAX_TEXT, PAGE_BYTES, PAGE_NUMBER_END};
 use ferry_stream::message::{
     AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
     Round, Run, SessionId, Verdict, Versions, Welcome,
 };
-use ferry_stream::pages::{PageFrame, PageRun, Record, Zeros};
+use ferry_stream::pages::{Effort, Packer, PageFrame, PageRun, Record, Zeros};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
@@ -326,8 +326,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 /// Sends the steps as one round, a frame being sent whenever the next step does not fit. Returns
 /// the wire, and RAM as it must be at the receiver.
-fn send(steps: &[Step]) -> (Vec<u8>, Vec<u8>) {
+///
+/// With an effort every frame is packed.
+fn send(steps: &[Step], effort: Option<Effort>) -> (Vec<u8>, Vec<u8>) {
     let mut wire = Vec::new();
+    let mut packer = Packer::new();
     let mut ram = vec![0xEE; PAGES as usize * PAGE_BYTES];
     let mut writer = PageLaneWriter::new(LaneId::first(LANE));
     let mut frame = PageFrame::new(40);
@@ -339,6 +342,7 @@ fn send(steps: &[Step]) -> (Vec<u8>, Vec<u8>) {
             }
             Step::Raw(run, fill, zeros) => {
                 if frame.raw_room() < run.count {
+                    pack(&mut frame, &mut packer, effort);
                     writer.send(&mut wire, &mut frame).unwrap();
                     frame.begin(Round(1));
                 }
@@ -363,9 +367,29 @@ fn send(steps: &[Step]) -> (Vec<u8>, Vec<u8>) {
             }
         }
     }
+    pack(&mut frame, &mut packer, effort);
     writer.send(&mut wire, &mut frame).unwrap();
     writer.end_round(&mut wire, Round(1)).unwrap();
     (wire, ram)
+}
+
+fn pack(frame: &mut PageFrame, packer: &mut Packer, effort: Option<Effort>) {
+    if let Some(effort) = effort {
+        let before = frame.wire_bytes();
+        let packed = frame.pack(packer, effort);
+        assert_eq!(packed, frame.wire_bytes() < before);
+        assert!(!frame.pack(packer, effort) || !packed, "packed again");
+        assert!(!packed || frame.raw_room() == 0);
+    }
+}
+
+fn efforts() -> impl Strategy<Value = Option<Effort>> {
+    select(vec![
+        None,
+        Some(Effort::Lz4),
+        Some(Effort::Zstd(1)),
+        Some(Effort::Zstd(3)),
+    ])
 }
 
 fn bytes_of(run: &PageRun) -> std::ops::Range<usize> {
@@ -420,8 +444,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
-    fn pages_survive_any_split(steps in steps(), most in 1..9000_usize) {
-        let (wire, expected) = send(&steps);
+    fn pages_survive_any_split(
+        steps in steps(),
+        effort in efforts(),
+        most in 1..9000_usize,
+    ) {
+        let (wire, expected) = send(&steps, effort);
         let mut ram = vec![0xEE; expected.len()];
         let mut from = Trickle { from: &wire, most };
         let (touched, end) = receive(&mut from, &mut ram);
@@ -433,10 +461,11 @@ proptest! {
     #[test]
     fn damage_is_noticed_and_kept_to_the_pages_named(
         steps in steps(),
+        effort in efforts(),
         at in any::<Index>(),
         bit in 0..8,
     ) {
-        let (mut wire, expected) = send(&steps);
+        let (mut wire, expected) = send(&steps, effort);
         let (named, _) = receive(&mut &*wire, &mut vec![0; expected.len()]);
         let at = at.index(wire.len());
         wire[at] ^= 1_u8 << bit;
@@ -447,8 +476,12 @@ proptest! {
     }
 
     #[test]
-    fn a_cut_lane_is_noticed(steps in steps(), at in any::<Index>()) {
-        let (wire, expected) = send(&steps);
+    fn a_cut_lane_is_noticed(
+        steps in steps(),
+        effort in efforts(),
+        at in any::<Index>(),
+    ) {
+        let (wire, expected) = send(&steps, effort);
         let mut cut = &wire[..at.index(wire.len())];
         let (_, end) = receive(&mut cut, &mut vec![0; expected.len()]);
         let truncated = matches!(end, Err(Error::Truncated { .. }));
@@ -456,31 +489,86 @@ proptest! {
     }
 
     #[test]
+    fn no_packed_bytes_panic_or_fill_pages_wrongly(
+        packing in 1..3_u8,
+        good in any::<bool>(),
+        noise in vec((any::<Index>(), any::<u8>()), 1..4),
+    ) {
+        let run = PageRun { region: 0, first: 0, count: PAGES };
+        let effort = if packing == 1 { Effort::Lz4 } else { Effort::Zstd(1) };
+        let mut frame = PageFrame::new(PAGES);
+        let pages = frame.push_raw(run).unwrap();
+        for (at, byte) in (0_u32..).zip(pages.iter_mut()) {
+            *byte = u8::try_from(at / 3 % 251).unwrap();
+        }
+        let expected = pages.to_vec();
+        assert!(frame.pack(&mut Packer::new(), effort));
+        let mut data = frame.data().to_vec();
+        for (at, byte) in noise.iter().filter(|_| !good) {
+            let at = at.index(data.len());
+            data[at] = *byte;
+        }
+        let record = raw_record(PAGES);
+        let wire = sealed(Kind::Pages, LANE, 0, &payload(1, packing, &record, &data));
+        let mut ram = vec![0xEE; expected.len()];
+        let (touched, end) = receive(&mut &*wire, &mut ram);
+        if good {
+            prop_assert!(ram == expected);
+        }
+        // The checksum is right, so what came of the data is all that can be told from it: either
+        // exactly as many bytes as the table has pages for, or none in place.
+        let refused = matches!(end, Err(Error::BadPacking { .. }));
+        let expected = if refused { vec![] } else { vec![run] };
+        prop_assert_eq!(touched, expected);
+    }
+
+    #[test]
     fn no_table_makes_the_page_lane_panic_or_break_a_limit(
         round in 0..4_u32,
+        packing in prop_oneof![9 => Just(0_u8), 1 => 1..4_u8],
         records in vec(record(), 1..4),
         surplus in prop_oneof![8 => Just(0_usize), 1 => 1..9000_usize],
     ) {
         let table: Vec<u8> = records.iter().flat_map(|(record, _)| *record).collect();
         let data_bytes: usize = records.iter().map(|(_, data_bytes)| data_bytes).sum();
-        let count = u32::try_from(records.len()).unwrap();
-        let fixed = [round.to_le_bytes(), count.to_le_bytes()].concat();
-        let mut hasher = crc32fast::Hasher::new();
-        hasher.update(&fixed);
-        hasher.update(&table);
-        let crc = hasher.finalize().to_le_bytes();
-        let payload = [&*fixed, &crc, &table, &vec![1; data_bytes + surplus]].concat();
+        let count = u16::try_from(records.len()).unwrap();
+        let payload = payload(round, packing, &table, &vec![1; data_bytes + surplus]);
+        assert_eq!(payload[4..6], count.to_le_bytes());
         let wire = sealed(Kind::Pages, LANE, 0, &payload);
         let mut reader = PageLaneReader::new(LaneId::first(LANE));
         if let Ok(Incoming::Pages(body)) = reader.next(&mut &*wire) {
-            prop_assert_eq!((surplus, body.records().len()), (0, records.len()));
+            prop_assert_eq!(body.records().len(), records.len());
             let told: u64 = body.records().iter().map(Record::data_bytes).sum();
-            prop_assert_eq!(told, data_bytes as u64);
+            prop_assert!(told <= MAX_PAGE_DATA as u64);
+            if packing == 0 {
+                prop_assert_eq!((surplus, told), (0, data_bytes as u64));
+            }
             for PageRun { first, count, .. } in body.records().iter().map(|record| record.run) {
                 prop_assert!(count > 0 && first <= PAGE_NUMBER_END - u64::from(count));
             }
         }
     }
+}
+
+/// The record of so many raw pages from the first on.
+fn raw_record(pages: u32) -> Vec<u8> {
+    let mut record = vec![0; RECORD_BYTES];
+    record[2] = 1;
+    record[4..8].copy_from_slice(&pages.to_le_bytes());
+    record[16..20].copy_from_slice(&(pages * 4096).to_le_bytes());
+    record
+}
+
+/// The payload of a page frame whose table has its checksum.
+fn payload(round: u32, packing: u8, table: &[u8], data: &[u8]) -> Vec<u8> {
+    let records = u16::try_from(table.len() / RECORD_BYTES).unwrap();
+    let [low, high] = records.to_le_bytes();
+    let fixed = [round.to_le_bytes(), [low, high, packing, 0]].concat();
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&fixed);
+    hasher.update(table);
+    let crc = hasher.finalize().to_le_bytes();
+    [&*fixed, &crc, table, data].concat()
 }
 
 /// A record as it travels, more often right than wrong, and the bytes of data that go with it.

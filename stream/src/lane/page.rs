@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::frame::{HEADER_BYTES, Header, Kind, Position, array};
 use crate::limits::MAX_RECORDS;
 use crate::message::{LaneId, Round};
-use crate::pages::{PREFIX_BYTES, PageFrame, Prefix, RECORD_BYTES, Record, parse_round};
+use crate::pages::{PREFIX_BYTES, PageFrame, Prefix, RECORD_BYTES, Record, Unpacker, parse_round};
 
 /// What every frame of a page lane begins with: a header and twelve bytes.
 const LEAD_BYTES: usize = HEADER_BYTES + PREFIX_BYTES;
@@ -110,6 +110,7 @@ pub struct PageLaneReader {
     pages: u64,
     table: Vec<u8>,
     records: Vec<Record>,
+    unpacker: Unpacker,
     /// Set from the first byte of a frame until it is checked.
     broken: bool,
 }
@@ -139,6 +140,7 @@ impl PageLaneReader {
             pages: 0,
             table: Vec::with_capacity(MAX_RECORDS * RECORD_BYTES),
             records: Vec::with_capacity(MAX_RECORDS),
+            unpacker: Unpacker::default(),
             broken: false,
         }
     }
@@ -176,11 +178,12 @@ impl PageLaneReader {
         if header.kind == Kind::RoundEnd {
             return self.end_round(&header, crc, &prefix);
         }
-        let (round, hasher) = self.read_table(from, &header, &prefix)?;
+        let (prefix, data_bytes, hasher) = self.read_table(from, &header, &prefix)?;
         Ok(Incoming::Pages(PageBody {
             reader: self,
             from,
-            round,
+            prefix,
+            data_bytes,
             header,
             crc,
             hasher,
@@ -218,22 +221,23 @@ impl PageLaneReader {
         Ok(Incoming::RoundEnd { round, pages: told })
     }
 
-    /// Reads the table into `self.records`; returns its round and the frame's checksum so far.
+    /// Reads the table into `self.records`; returns what came before it, the length of the data
+    /// unpacked, and the frame's checksum so far.
     fn read_table(
         &mut self,
         from: &mut (impl Read + ?Sized),
         header: &Header,
         prefix: &[u8; PREFIX_BYTES],
-    ) -> Result<(Round, Hasher), Error> {
+    ) -> Result<(Prefix, usize, Hasher), Error> {
         let parsed = Prefix::parse(header, prefix)?;
         self.table.resize(parsed.table_bytes, 0);
         read_all(from, &mut self.table)?;
-        parsed.parse_table(header, prefix, &self.table, &mut self.records)?;
+        let data_bytes = parsed.parse_table(header, prefix, &self.table, &mut self.records)?;
         self.admit_round(parsed.round)?;
         let mut hasher = header.seed();
         hasher.update(prefix);
         hasher.update(&self.table);
-        Ok((parsed.round, hasher))
+        Ok((parsed, data_bytes, hasher))
     }
 
     /// Rounds are barriers: after the end of one, the next is the only one that may follow.
@@ -258,7 +262,9 @@ impl PageLaneReader {
 pub struct PageBody<'a, R: ?Sized> {
     reader: &'a mut PageLaneReader,
     from: &'a mut R,
-    round: Round,
+    prefix: Prefix,
+    /// Length of the data, unpacked.
+    data_bytes: usize,
     header: Header,
     crc: u32,
     hasher: Hasher,
@@ -278,7 +284,7 @@ pub struct Placed {
 impl<R: Read + ?Sized> PageBody<'_, R> {
     /// The round that the pages belong to.
     pub fn round(&self) -> Round {
-        self.round
+        self.prefix.round
     }
 
     /// The runs of pages, each within the wire's limits, none compared with any layout yet.
@@ -290,41 +296,69 @@ impl<R: Read + ?Sized> PageBody<'_, R> {
     /// pages what the sender sent.
     ///
     /// `place` reads exactly [`Record::data_bytes`] bytes, and returns the hasher that it was given
-    /// continued over them; for zero pages, the hasher as it was. When the connection fails
+    /// continued over them; for zero pages, the hasher as it was. Packed data has been checked and
+    /// unpacked before the first call. When the connection fails
     /// underneath, the error is the lane's own, whatever `place` makes of it.
     pub fn place<E: From<Error>>(
         self,
         mut place: impl FnMut(&Record, &mut dyn Read, Hasher) -> Result<Hasher, E>,
     ) -> Result<Placed, E> {
-        let mut hasher = self.hasher;
-        let mut pages = 0;
-        for record in &self.reader.records {
-            let mut data = Data {
-                from: &mut *self.from,
-                left: record.data_bytes(),
-                failure: None,
-            };
-            let placed = place(record, &mut data, hasher);
-            let left = data.left;
-            if let Some(failure) = data.failure {
-                return Err(failure.into());
+        let pages = self
+            .reader
+            .records
+            .iter()
+            .map(|record| u64::from(record.run.count));
+        let placed = Placed {
+            round: self.prefix.round,
+            pages: pages.sum(),
+            wire_bytes: (HEADER_BYTES + self.header.length as usize) as u64,
+        };
+        match self.prefix.packing {
+            None => {
+                let crc = place_all(&self.reader.records, &mut *self.from, self.hasher, place)?;
+                self.header.verify(crc, self.crc)?;
             }
-            hasher = placed?;
-            if left > 0 {
-                return Err(Error::Unread { left }.into());
+            Some(packing) => {
+                let packed = self.reader.unpacker.room(self.prefix.wire_bytes);
+                read_all(self.from, packed)?;
+                let mut hasher = self.hasher;
+                hasher.update(packed);
+                self.header.verify(hasher, self.crc)?;
+                let mut data = self.reader.unpacker.unpack(packing, self.data_bytes)?;
+                place_all(&self.reader.records, &mut data, Hasher::new(), &mut place)?;
             }
-            pages += u64::from(record.run.count);
         }
-        self.header.verify(hasher, self.crc)?;
-        self.reader.pages += pages;
+        self.reader.pages += placed.pages;
         self.reader.due.advance();
         self.reader.broken = false;
-        Ok(Placed {
-            round: self.round,
-            pages,
-            wire_bytes: (HEADER_BYTES + self.header.length as usize) as u64,
-        })
+        Ok(placed)
     }
+}
+
+/// Calls `place` for every record, with its data in `from`; returns the hasher continued over all.
+fn place_all<E: From<Error>>(
+    records: &[Record],
+    from: &mut (impl Read + ?Sized),
+    mut hasher: Hasher,
+    mut place: impl FnMut(&Record, &mut dyn Read, Hasher) -> Result<Hasher, E>,
+) -> Result<Hasher, E> {
+    for record in records {
+        let mut data = Data {
+            from: &mut *from,
+            left: record.data_bytes(),
+            failure: None,
+        };
+        let placed = place(record, &mut data, hasher);
+        let left = data.left;
+        if let Some(failure) = data.failure {
+            return Err(failure.into());
+        }
+        hasher = placed?;
+        if left > 0 {
+            return Err(Error::Unread { left }.into());
+        }
+    }
+    Ok(hasher)
 }
 
 /// The bytes of one record. Keeps the failure of the connection, which would else be lost among the

@@ -2,10 +2,13 @@
 
 use std::io::IoSlice;
 
-use super::{Encoding, PREFIX_BYTES, PageRun, RECORD_BYTES, Record, table_hasher};
+use super::{
+    Effort, Encoding, PREFIX_BYTES, Packer, Packing, PageRun, RECORD_BYTES, Record, delta,
+    table_hasher,
+};
 use crate::error::Error;
 use crate::frame::{HEADER_BYTES, Header, Kind, Position};
-use crate::limits::{MAX_RAW_PAGES, MAX_RECORDS, MAX_ZERO_PAGES, PAGE_BYTES};
+use crate::limits::{MAX_DELTA_BYTES, MAX_RAW_PAGES, MAX_RECORDS, MAX_ZERO_PAGES, PAGE_BYTES};
 use crate::message::Round;
 
 /// What becomes of pages that were found to be zero.
@@ -15,6 +18,21 @@ pub enum Zeros {
     Tell,
     /// Nothing does: the target is known to have zeros there.
     Skip,
+}
+
+/// Room for one delta.
+#[derive(Debug)]
+pub struct DeltaBuffer([u8; MAX_DELTA_BYTES]);
+
+impl DeltaBuffer {
+    /// An empty one.
+    #[expect(
+        clippy::new_without_default,
+        reason = "a large thing is not made in passing"
+    )]
+    pub fn new() -> Self {
+        Self([0; MAX_DELTA_BYTES])
+    }
 }
 
 /// Where `head` holds the prefix.
@@ -39,6 +57,8 @@ pub struct PageFrame {
     pages: u64,
     /// The last record, if it is a raw one.
     last_raw: Option<PageRun>,
+    /// How `data` is packed. Nothing can be added to it then.
+    packing: Option<Packing>,
 }
 
 impl PageFrame {
@@ -53,6 +73,7 @@ impl PageFrame {
             used: 0,
             pages: 0,
             last_raw: None,
+            packing: None,
         };
         frame.begin(Round(1));
         frame
@@ -66,6 +87,7 @@ impl PageFrame {
         self.used = 0;
         self.pages = 0;
         self.last_raw = None;
+        self.packing = None;
     }
 
     /// How many pages [`PageFrame::push_raw`] takes now.
@@ -131,6 +153,7 @@ impl PageFrame {
             .chunks_exact(PAGE_BYTES)
             .any(is_zero);
         if !any_zero {
+            self.last_raw = Some(run);
             return 0;
         }
         self.head.truncate(self.head.len() - RECORD_BYTES);
@@ -147,7 +170,7 @@ impl PageFrame {
             };
             match encoding {
                 Encoding::Zero => elided += u64::from(count),
-                Encoding::Raw => self.keep(start + done as usize * PAGE_BYTES, count),
+                _ => self.keep(start + done as usize * PAGE_BYTES, count),
             }
             if encoding == Encoding::Raw || zeros == Zeros::Tell {
                 self.append(Record {
@@ -184,6 +207,50 @@ impl PageFrame {
         self.used += length;
     }
 
+    /// Tells the page pushed last by how it differs from `base`, which was sent of it before, when
+    /// that is much shorter. `scratch` is for the delta. Returns whether it was.
+    ///
+    /// The page must have been pushed by itself, and its bytes be there.
+    pub fn tell_as_delta(&mut self, base: &[u8; PAGE_BYTES], scratch: &mut DeltaBuffer) -> bool {
+        let Some(run) = self.last_raw.filter(|run| run.count == 1) else {
+            return false;
+        };
+        let start = self.used - PAGE_BYTES;
+        let page = &self.data[start..self.used];
+        let Some(length) = delta::encode(base, page, &mut scratch.0) else {
+            return false;
+        };
+        self.data[start..start + length].copy_from_slice(&scratch.0[..length]);
+        self.used = start + length;
+        self.head.truncate(self.head.len() - RECORD_BYTES);
+        self.pages -= 1;
+        let bytes = u32::try_from(length).expect("a delta is shorter than a page");
+        let encoding = Encoding::Delta { bytes };
+        self.append(Record { run, encoding });
+        true
+    }
+
+    /// The data of its records, one after the other; packed after [`PageFrame::pack`].
+    pub fn data(&self) -> &[u8] {
+        &self.data[..self.used]
+    }
+
+    /// Packs the data when that makes it smaller by enough; returns whether it was. Nothing can be
+    /// added to the frame afterwards.
+    pub fn pack(&mut self, packer: &mut Packer, effort: Effort) -> bool {
+        if self.packing.is_some() {
+            return false;
+        }
+        let Some(packed) = packer.pack(effort, &self.data[..self.used]) else {
+            return false;
+        };
+        self.used = packed.len();
+        self.data[..self.used].copy_from_slice(packed);
+        self.packing = Some(effort.packing());
+        self.last_raw = None;
+        true
+    }
+
     /// True when there is no record in it.
     pub fn is_empty(&self) -> bool {
         self.head.len() == TABLE_AT
@@ -208,13 +275,14 @@ impl PageFrame {
     /// are what travels.
     pub(crate) fn seal(&mut self, position: Position) -> Result<[IoSlice<'_>; 2], Error> {
         let records = (self.head.len() - TABLE_AT) / RECORD_BYTES;
-        let records = u32::try_from(records).unwrap_or(u32::MAX);
+        let records = u16::try_from(records).unwrap_or(u16::MAX);
         let length = self.head.len() - HEADER_BYTES + self.used;
         let header = Header::new(Kind::Pages, position, length)?;
         let (fixed, table) = self.head.split_at_mut(TABLE_AT);
         let prefix = &mut fixed[PREFIX_AT..];
         prefix[0..4].copy_from_slice(&self.round.0.to_le_bytes());
-        prefix[4..8].copy_from_slice(&records.to_le_bytes());
+        prefix[4..6].copy_from_slice(&records.to_le_bytes());
+        prefix[6] = Packing::number(self.packing);
         let table_crc = table_hasher(prefix, table).finalize();
         prefix[8..12].copy_from_slice(&table_crc.to_le_bytes());
         let data = &self.data[..self.used];
@@ -227,6 +295,9 @@ impl PageFrame {
     }
 
     fn records_left(&self) -> usize {
+        if self.packing.is_some() {
+            return 0;
+        }
         MAX_RECORDS - (self.head.len() - TABLE_AT) / RECORD_BYTES
     }
 
