@@ -1,98 +1,100 @@
-//! Runs a comparison and prints it.
+//! Runs a comparison and tells it.
 
+use std::error::Error;
+use std::fs;
 use std::path::PathBuf;
 
 use clap::Parser;
-use ferry_benches::course::{Conditions, Course, Equipment};
+use ferry_benches::case::Case;
+use ferry_benches::matrix::Plan;
 use ferry_benches::peer::Peer;
-use ferry_benches::report::{Comparison, Series};
-use ferry_testbed::{TestbedError, Turn};
+use ferry_benches::{csv, table};
+use ferry_testbed::Turn;
 
-/// Moves one guest from QEMU to QEMU by each way in turn, and compares what the guest saw.
+/// Moves guests from QEMU to QEMU, by Ferry and by QEMU's own migration in turn, and compares what the
+/// guests saw.
 #[derive(Debug, Parser)]
+#[command(name = "benches/run")]
 struct Args {
-    /// Moves by each way
-    #[arg(long, default_value_t = 5)]
-    runs: usize,
-    /// Guest RAM, in MiB
-    #[arg(long, default_value_t = 2048)]
-    guest_mib: u64,
-    /// Of that, filled with random bytes, in MiB
-    #[arg(long, default_value_t = 1024)]
-    data_mib: u64,
-    /// Pages that the guest rewrites a second
-    #[arg(long, default_value_t = 0)]
-    writes: u64,
-    /// Downtime limit of every way, in ms
-    #[arg(long, default_value_t = 100)]
-    max_downtime: u64,
-    /// Leave the target's RAM to be allocated as it is touched
+    /// A few small cases and ways, for a few minutes
     #[arg(long)]
-    on_demand: bool,
-    /// The guest's CPUs
-    #[arg(long, default_value_t = 1)]
-    cpus: u32,
-    /// Give the machine a network card, a disk in use, a tablet, a screen
+    quick: bool,
+    /// Only these cases
+    #[arg(long = "case", value_name = "NAME", value_delimiter = ',')]
+    cases: Vec<String>,
+    /// Only these ways: ferry[:LANES], precopy, multifd:CHANNELS[:zstd], switchover
+    #[arg(long, value_delimiter = ',')]
+    peers: Option<Vec<Peer>>,
+    /// Moves by each way; 5 without, 2 with --quick
     #[arg(long)]
-    devices: bool,
-    /// The ways to compare: ferry, precopy, multifd:CHANNELS
-    #[arg(long, value_delimiter = ',', default_value = "ferry,precopy")]
-    peers: Vec<Peer>,
-    /// Fail when ferry loses a page, its median total is above that of the others' best, or its median
-    /// blackout is above so many ms
-    #[arg(long, value_name = "MS")]
-    check: Option<f64>,
-    /// Write every run to this file, as JSON
+    runs: Option<usize>,
+    /// List the cases
     #[arg(long)]
+    list: bool,
+    /// Write every move to this file, as JSON
+    #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write every move to this file, as comma-separated values
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// Moves by each way.
+const RUNS: usize = 5;
+const QUICK_RUNS: usize = 2;
+
+/// The ways of a short run.
+const QUICK_PEERS: [Peer; 4] = [
+    Peer::Ferry,
+    Peer::Precopy,
+    Peer::Multifd {
+        channels: 2,
+        compression: ferry_benches::peer::Compression::Zstd,
+    },
+    Peer::Switchover,
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let comparison = compare(&args)?;
-    print!("{}", comparison.table());
+    let plan = plan(&args)?;
+    if args.list {
+        for case in &plan.cases {
+            println!("{:<12} {}", case.name, case.what);
+        }
+        return Ok(());
+    }
+    let _turn = Turn::take()?;
+    let figures = plan.measure()?;
+    print!("{}", table::of(&figures));
     if let Some(path) = &args.json {
-        std::fs::write(path, serde_json::to_vec_pretty(&comparison)?)?;
+        fs::write(path, serde_json::to_vec_pretty(&figures)?)?;
     }
-    match args
-        .check
-        .and_then(|limit_ms| comparison.falls_short(limit_ms))
-    {
-        Some(why) => Err(why.into()),
-        None => Ok(()),
+    if let Some(path) = &args.csv {
+        fs::write(path, csv::of(&figures))?;
     }
+    Ok(())
 }
 
-fn compare(args: &Args) -> Result<Comparison, TestbedError> {
-    let _turn = Turn::take()?;
-    let conditions = Conditions {
-        guest_mib: args.guest_mib,
-        data_mib: args.data_mib,
-        writes_per_s: args.writes,
-        downtime_limit_ms: args.max_downtime,
-        preallocated: !args.on_demand,
-        cpus: args.cpus,
-        equipment: if args.devices {
-            Equipment::Full
-        } else {
-            Equipment::Bare
-        },
+fn plan(args: &Args) -> Result<Plan, String> {
+    let all = if args.quick {
+        Case::quick()
+    } else {
+        Case::all()
     };
-    let named = |peer: &Peer| Series {
-        peer: peer.to_string(),
-        runs: Vec::new(),
+    let named = |name: &String| {
+        let case = all.iter().find(|case| case.name == name).copied();
+        case.ok_or_else(|| format!("there is no case {name:?}; --list tells which there are"))
     };
-    let mut series: Vec<Series> = args.peers.iter().map(named).collect();
-    let mut course = Course::begin(conditions)?;
-    for run in 1..=args.runs {
-        for (peer, series) in args.peers.iter().zip(&mut series) {
-            let measured = course.carry(*peer)?;
-            eprintln!(
-                "run {run} of {}, {peer}: total {:.0} ms, blackout {:.1} ms",
-                args.runs, measured.total_ms, measured.blackout_ms
-            );
-            series.runs.push(measured);
-        }
-    }
-    Ok(Comparison { conditions, series })
+    let cases = match &args.cases[..] {
+        [] => all.clone(),
+        names => names.iter().map(named).collect::<Result<_, _>>()?,
+    };
+    let quick_peers = args.quick.then(|| QUICK_PEERS.to_vec());
+    let runs = if args.quick { QUICK_RUNS } else { RUNS };
+    Ok(Plan {
+        cases,
+        quick: args.quick,
+        peers: args.peers.clone().or(quick_peers),
+        runs: args.runs.unwrap_or(runs),
+    })
 }

@@ -1,39 +1,116 @@
-//! The ways to move a guest.
+//! The ways to move a guest, and their names.
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::{Duration, Instant};
 
-use ferry_testbed::{Ferry, Qemu, TestbedError, wait_until};
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 
-/// How long one move may take.
-const BOUND: Duration = Duration::from_secs(300);
-
-/// What QEMU takes for an unlimited bandwidth: the largest that it accepts.
-const UNLIMITED_BYTES_PER_S: i64 = i64::MAX;
-
-/// A way to move a guest.
+/// How multifd compresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// With zstd.
+    Zstd,
+}
+
+/// A way to move a guest. Figures have it by its name on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub enum Peer {
-    /// Ours.
+    /// Ours, with as many connections as it chooses.
     Ferry,
+    /// Ours, over so many connections.
+    FerryOver {
+        /// How many.
+        lanes: u8,
+    },
     /// QEMU's precopy over one connection.
-    QemuPrecopy,
+    Precopy,
     /// QEMU's precopy over several.
-    QemuMultifd {
+    Multifd {
         /// How many.
         channels: u8,
+        /// How it compresses.
+        compression: Compression,
     },
+    /// No move at all: the guest is stopped, its device state is saved and loaded into a second QEMU on
+    /// the very same memory, and it goes on there. What any hand-over between two QEMUs costs at least.
+    Switchover,
+}
+
+/// What the guest's memory is, for as long as it is moved by one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Memory {
+    /// Files in `/dev/shm`, shared: the only kind that Ferry can reach.
+    SharedFile,
+    /// Private memory.
+    Private,
+}
+
+impl Peer {
+    /// All that take part in the matrix.
+    pub fn everyone() -> Vec<Self> {
+        let mut all = vec![Self::Ferry];
+        all.extend([1, 2, 4].map(|lanes| Self::FerryOver { lanes }));
+        all.push(Self::Precopy);
+        for compression in [Compression::None, Compression::Zstd] {
+            all.extend([2, 4].map(|channels| Self::Multifd {
+                channels,
+                compression,
+            }));
+        }
+        all
+    }
+
+    /// Whether it is QEMU's own way, with which Ferry is compared.
+    pub fn is_qemu(self) -> bool {
+        matches!(self, Self::Precopy | Self::Multifd { .. })
+    }
+
+    /// Whether it is Ferry.
+    pub fn is_ferry(self) -> bool {
+        matches!(self, Self::Ferry | Self::FerryOver { .. })
+    }
+
+    /// The kinds of memory that it is measured with.
+    pub fn memories(self) -> &'static [Memory] {
+        if self.is_qemu() {
+            &[Memory::Private, Memory::SharedFile]
+        } else {
+            &[Memory::SharedFile]
+        }
+    }
 }
 
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ferry => f.write_str("ferry"),
-            Self::QemuPrecopy => f.write_str("QEMU precopy"),
-            Self::QemuMultifd { channels } => write!(f, "QEMU multifd {channels}"),
+            Self::FerryOver { lanes } => write!(f, "ferry:{lanes}"),
+            Self::Precopy => f.write_str("precopy"),
+            Self::Multifd {
+                channels,
+                compression,
+            } => {
+                let compression = match compression {
+                    Compression::None => "",
+                    Compression::Zstd => ":zstd",
+                };
+                write!(f, "multifd:{channels}{compression}")
+            }
+            Self::Switchover => f.write_str("switchover"),
         }
+    }
+}
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SharedFile => "shared-file",
+            Self::Private => "private",
+        })
     }
 }
 
@@ -43,7 +120,9 @@ pub struct UnknownPeer;
 
 impl fmt::Display for UnknownPeer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a way to move is ferry, precopy or multifd:CHANNELS")
+        f.write_str(
+            "a way to move is ferry[:LANES], precopy, multifd:CHANNELS[:zstd] or switchover",
+        )
     }
 }
 
@@ -53,102 +132,66 @@ impl FromStr for Peer {
     type Err = UnknownPeer;
 
     fn from_str(text: &str) -> Result<Self, UnknownPeer> {
-        match text.split_once(':') {
-            None if text == "ferry" => Ok(Self::Ferry),
-            None if text == "precopy" => Ok(Self::QemuPrecopy),
-            Some(("multifd", channels)) => {
-                let channels = channels.parse().map_err(|_| UnknownPeer)?;
-                Ok(Self::QemuMultifd { channels })
-            }
+        let count = |text: &str| match text.parse() {
+            Ok(0) | Err(_) => Err(UnknownPeer),
+            Ok(count) => Ok(count),
+        };
+        let words: Vec<&str> = text.split(':').collect();
+        match words[..] {
+            ["ferry"] => Ok(Self::Ferry),
+            ["ferry", lanes] => Ok(Self::FerryOver {
+                lanes: count(lanes)?,
+            }),
+            ["precopy"] => Ok(Self::Precopy),
+            ["switchover"] => Ok(Self::Switchover),
+            ["multifd", channels] => Ok(Self::Multifd {
+                channels: count(channels)?,
+                compression: Compression::None,
+            }),
+            ["multifd", channels, "zstd"] => Ok(Self::Multifd {
+                channels: count(channels)?,
+                compression: Compression::Zstd,
+            }),
             _ => Err(UnknownPeer),
         }
     }
 }
 
-/// A target that waits, however it does.
-pub struct Waiting {
-    uri: String,
-    receive: Option<Ferry>,
-}
+impl TryFrom<String> for Peer {
+    type Error = UnknownPeer;
 
-impl Peer {
-    /// Makes `target` wait for a guest.
-    pub fn wait(self, source: &Qemu, target: &Qemu) -> Result<Waiting, TestbedError> {
-        if self == Self::Ferry {
-            let (receive, uri) = Ferry::receive(target, &[])?;
-            return Ok(Waiting {
-                uri,
-                receive: Some(receive),
-            });
-        }
-        for qemu in [source, target] {
-            self.prepare(qemu)?;
-        }
-        target.execute("migrate-incoming", &json!({"uri": "tcp:127.0.0.1:0"}))?;
-        let uri = wait_until("the target listens", BOUND, || {
-            let migration = target.execute("query-migrate", &json!({})).ok()?;
-            let port = migration["socket-address"][0]["port"].as_str()?.to_owned();
-            Some(format!("tcp:127.0.0.1:{port}"))
-        })?;
-        Ok(Waiting { uri, receive: None })
-    }
-
-    fn prepare(self, qemu: &Qemu) -> Result<(), TestbedError> {
-        let Self::QemuMultifd { channels } = self else {
-            return Ok(());
-        };
-        let capabilities = json!({"capabilities": [{"capability": "multifd", "state": true}]});
-        qemu.execute("migrate-set-capabilities", &capabilities)?;
-        qemu.execute(
-            "migrate-set-parameters",
-            &json!({"multifd-channels": channels}),
-        )?;
-        Ok(())
-    }
-
-    /// Moves the guest of `source` there, live. Tells when the client was started.
-    pub fn carry(
-        self,
-        source: &Qemu,
-        target: &Qemu,
-        waiting: Waiting,
-        downtime_limit: Duration,
-    ) -> Result<Instant, TestbedError> {
-        let limit_ms = downtime_limit.as_millis();
-        let Some(receive) = waiting.receive else {
-            return carry_by_qemu(source, target, &waiting.uri, limit_ms);
-        };
-        let began = Instant::now();
-        let limit_ms = limit_ms.to_string();
-        let more = ["--live", "--max-downtime", &limit_ms];
-        let moved = Ferry::migrate(source, &waiting.uri, &more)?.wait(BOUND)?;
-        receive.wait(BOUND)?;
-        if moved.code() == 0 {
-            if std::env::var_os("FERRY_BENCH_TELL").is_some() {
-                eprintln!("{}", moved.json());
-            }
-            return Ok(began);
-        }
-        Err(TestbedError::Program {
-            program: "ferry migrate".into(),
-            log: moved.stderr,
-        })
+    fn try_from(text: String) -> Result<Self, UnknownPeer> {
+        text.parse()
     }
 }
 
-fn carry_by_qemu(
-    source: &Qemu,
-    target: &Qemu,
-    uri: &str,
-    limit_ms: u128,
-) -> Result<Instant, TestbedError> {
-    let parameters = json!({
-        "max-bandwidth": UNLIMITED_BYTES_PER_S,
-        "downtime-limit": u64::try_from(limit_ms).unwrap_or(u64::MAX),
-    });
-    source.execute("migrate-set-parameters", &parameters)?;
-    let began = Instant::now();
-    source.execute("migrate", &json!({"uri": uri}))?;
-    target.wait_for_run_state("running", BOUND)?;
-    Ok(began)
+impl From<Peer> for String {
+    fn from(peer: Peer) -> Self {
+        peer.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back() {
+        let mut all = Peer::everyone();
+        all.push(Peer::Switchover);
+        for peer in all {
+            assert_eq!(peer.to_string().parse(), Ok(peer));
+        }
+        for bad in [
+            "",
+            "ferry:",
+            "ferry:0",
+            "ferry:999",
+            "multifd",
+            "multifd:2:lz4",
+            "precopy:1",
+        ] {
+            assert_eq!(bad.parse::<Peer>(), Err(UnknownPeer), "{bad}");
+        }
+    }
 }

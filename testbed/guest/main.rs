@@ -6,8 +6,8 @@
 //! must be. What it finds it counts into a status page that the host reads from outside.
 //!
 //! `build.rs` compiles this statically into the library; the kernel's command line says what to do
-//! (`config.rs`), and lines on the serial console ask for the rest: `plant`, `rate N`, `poweroff`,
-//! `reboot`, `panic`.
+//! (`config.rs`), and lines on the serial console ask for the rest: `plant`, `rate N`, `sweep 1` and
+//! `sweep 0`, `poweroff`, `reboot`, `panic`.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -28,11 +28,11 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::SystemTime;
 
-use config::Config;
+use config::{Config, Sweep};
 use content::Writer;
 use fields::Field;
 use memory::{Dials, Worker};
@@ -80,6 +80,7 @@ fn boot() -> Result<(), Box<dyn Error>> {
     let workers = workers(&config, pages, &writer, status)?;
     let dials = Arc::new(Dials {
         rate: AtomicU64::new(config.rate),
+        sweep: AtomicBool::new(config.sweep == Sweep::On),
         plants: AtomicUsize::new(0),
     });
     if config.disk {
@@ -156,7 +157,7 @@ fn workers(
     status: Status,
 ) -> io::Result<Vec<Worker>> {
     let share = pages / config.workers;
-    let how = (config.pattern, config.sweep);
+    let pattern = config.pattern;
     let peers = config.workers as u64;
     let threads: Vec<_> = (0..config.workers)
         .map(|number| {
@@ -167,7 +168,9 @@ fn workers(
                 share
             };
             let writer = writer.clone();
-            thread::spawn(move || Worker::new((first as u64, count), writer, how, peers, status))
+            thread::spawn(move || {
+                Worker::new((first as u64, count), writer, pattern, peers, status)
+            })
         })
         .collect();
     threads
@@ -192,6 +195,10 @@ fn serve_console(dials: &Dials) -> io::Result<()> {
             (Some("rate"), Some(Ok(rate))) => {
                 dials.rate.store(rate, Ordering::Relaxed);
                 say!("rate {rate}");
+            }
+            (Some("sweep"), Some(Ok(on))) => {
+                dials.sweep.store(on != 0, Ordering::Relaxed);
+                say!("sweep {on}");
             }
             (Some("poweroff"), None) => return Err(sys::power(Power::Off)),
             (Some("reboot"), None) => return Err(sys::power(Power::Reset)),

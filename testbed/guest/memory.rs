@@ -2,10 +2,10 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::config::{Pattern, Sweep};
+use crate::config::Pattern;
 use crate::content::{Stream, Writer};
 use crate::fields::Field;
 use crate::status::Status;
@@ -32,6 +32,8 @@ const HOT_WRITES_PER_MILLE: u64 = 900;
 pub(crate) struct Dials {
     /// Pages to rewrite each second, all workers together.
     pub(crate) rate: AtomicU64,
+    /// Whether pages that are not rewritten are verified.
+    pub(crate) sweep: AtomicBool,
     /// Pages to make stale: taken by whichever worker comes first.
     pub(crate) plants: AtomicUsize,
 }
@@ -46,7 +48,6 @@ pub(crate) struct Worker {
     generations: Box<[u64]>,
     writer: Writer,
     pattern: Pattern,
-    sweep: Sweep,
     random: Stream,
     /// How many workers share the rate.
     peers: u64,
@@ -60,7 +61,7 @@ impl Worker {
     pub(crate) fn new(
         (first, count): (u64, usize),
         writer: Writer,
-        (pattern, sweep): (Pattern, Sweep),
+        pattern: Pattern,
         peers: u64,
         status: Status,
     ) -> io::Result<Self> {
@@ -71,7 +72,6 @@ impl Worker {
             random: Stream::new(first, 0, 0),
             writer,
             pattern,
-            sweep,
             peers,
             cursor: 0,
             next_sequential: 0,
@@ -91,7 +91,7 @@ impl Worker {
             let rate = dials.rate.load(Ordering::Relaxed) / self.peers;
             if pace.is_due(rate) {
                 self.rewrite();
-            } else if self.sweep == Sweep::On {
+            } else if dials.sweep.load(Ordering::Relaxed) {
                 self.sweep();
             } else {
                 std::thread::sleep(NAP);

@@ -59,8 +59,8 @@ pub enum TestbedError {
 }
 
 impl TestbedError {
-    /// For `map_err`: a failed system call, with what was being done.
-    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+    /// For `map_err`: a failed system call or other I/O, with what was being done.
+    pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }
     }

@@ -1,7 +1,8 @@
 //! A network of two hosts on one machine: two namespaces and a wire of known speed between them.
 //!
-//! Loopback is faster than any network and never loses its link. Here the rate is the kernel's own
-//! token bucket's, and the wire can be cut. QEMU's sockets are files and work from either side.
+//! The rate is the kernel's own token bucket's, and the wire can be cut. QEMU's sockets are files and
+//! work from either side. A loop of its own is the same without a wire: loopback, with nobody else's
+//! traffic on it.
 
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr};
@@ -19,6 +20,9 @@ const BURST: &str = "256kb";
 /// How long a packet may wait for a token; what would wait longer is dropped, and TCP slows down.
 const QUEUE: &str = "20ms";
 
+/// Counters of `/proc/net/dev` between the bytes received and the bytes sent.
+const SENT_AFTER: usize = 7;
+
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// One of the two hosts.
@@ -30,24 +34,40 @@ pub enum End {
     Target,
 }
 
-/// Two namespaces with a wire, gone when dropped. Needs root, `ip` and `tc`.
+impl End {
+    /// The other one: the guest may go back.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Target,
+            Self::Target => Self::Source,
+        }
+    }
+}
+
+/// What is between the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wire {
+    /// Nothing: both are one namespace.
+    Loop,
+    Rate {
+        mbit_per_s: u32,
+    },
+}
+
+/// Two namespaces with a wire, or one with its loopback; gone when dropped. Needs root, `ip` and `tc`.
 #[derive(Debug)]
 pub struct Link {
     name: String,
-    rate_mbit_per_s: u32,
+    wire: Wire,
 }
 
 impl Link {
     /// Lays a wire that carries `rate_mbit_per_s` in each direction.
     pub fn lay(rate_mbit_per_s: u32) -> Result<Self, TestbedError> {
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        // Interface names have at most 15 characters: p4194304-999-s fits.
-        let name = format!("p{}-{number}", std::process::id());
-        // Dropped, and so removed, when one of the steps fails.
-        let link = Self {
-            name,
-            rate_mbit_per_s,
-        };
+        let link = Self::named(Wire::Rate {
+            mbit_per_s: rate_mbit_per_s,
+        });
         for end in [End::Source, End::Target] {
             run("ip", &format!("netns add {}", link.namespace(end)))?;
         }
@@ -69,12 +89,28 @@ impl Link {
         Ok(link)
     }
 
+    /// One host alone, talking to itself.
+    pub fn loop_back() -> Result<Self, TestbedError> {
+        let link = Self::named(Wire::Loop);
+        let name = link.namespace(End::Source);
+        run("ip", &format!("netns add {name}"))?;
+        run("ip", &format!("-n {name} link set lo up"))?;
+        Ok(link)
+    }
+
+    /// Dropped, and so removed, when one of the steps after it fails.
+    fn named(wire: Wire) -> Self {
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        // Interface names have at most 15 characters: p4194304-999-s fits.
+        let name = format!("p{}-{number}", std::process::id());
+        Self { name, wire }
+    }
+
     /// The address of a host, seen from both.
-    #[allow(
-        clippy::unused_self,
-        reason = "an address means nothing without its link"
-    )]
     pub fn address(&self, end: End) -> IpAddr {
+        if self.wire == Wire::Loop {
+            return Ipv4Addr::LOCALHOST.into();
+        }
         // Every link has namespaces of its own, so that all may use the same network.
         let host = match end {
             End::Source => 1,
@@ -116,6 +152,36 @@ impl Link {
         })
     }
 
+    /// Bytes that the wire has carried so far, both directions together, by the counters of its
+    /// interface. Packets that the kernel carries as one count one header.
+    pub fn carried_bytes(&self) -> Result<u64, TestbedError> {
+        let path = "/proc/thread-self/net/dev";
+        let table = self.on(End::Source, || std::fs::read_to_string(path))?;
+        let table = table.map_err(TestbedError::io(path))?;
+        let interface = self.interface(End::Source);
+        let fields = |line: &str| -> Option<(u64, u64)> {
+            let (name, counters) = line.split_once(':')?;
+            let mut counters = (name.trim() == interface).then(|| counters.split_whitespace())?;
+            let received = counters.next()?.parse().ok()?;
+            // Bytes sent come after the eight counters of what was received.
+            let sent = counters.nth(SENT_AFTER)?.parse().ok()?;
+            Some((received, sent))
+        };
+        let (received, sent) =
+            table
+                .lines()
+                .find_map(fields)
+                .ok_or_else(|| TestbedError::Program {
+                    program: path.into(),
+                    log: format!("no {interface} in {table}"),
+                })?;
+        Ok(match self.wire {
+            // What loopback sends it receives.
+            Wire::Loop => sent,
+            Wire::Rate { .. } => received + sent,
+        })
+    }
+
     /// Cuts the wire: nothing arrives any more, and nobody is told.
     pub fn cut(&self) -> Result<(), TestbedError> {
         self.queue("blackhole")
@@ -123,28 +189,38 @@ impl Link {
 
     /// Mends a cut wire.
     pub fn mend(&self) -> Result<(), TestbedError> {
-        let rate = self.rate_mbit_per_s;
-        self.queue(&format!(
-            "tbf rate {rate}mbit burst {BURST} latency {QUEUE}"
-        ))
+        match self.wire {
+            Wire::Loop => self.queue("noqueue"),
+            Wire::Rate { mbit_per_s } => self.queue(&format!(
+                "tbf rate {mbit_per_s}mbit burst {BURST} latency {QUEUE}"
+            )),
+        }
     }
 
     /// Puts a queueing discipline before both ends of the wire.
     fn queue(&self, discipline: &str) -> Result<(), TestbedError> {
         for end in [End::Source, End::Target] {
-            let name = self.namespace(end);
-            let arguments = format!("-n {name} qdisc replace dev {name} root {discipline}");
+            let (name, interface) = (self.namespace(end), self.interface(end));
+            let arguments = format!("-n {name} qdisc replace dev {interface} root {discipline}");
             run("tc", &arguments)?;
         }
         Ok(())
     }
 
     fn namespace(&self, end: End) -> String {
-        let side = match end {
-            End::Source => "s",
-            End::Target => "t",
+        let side = match (self.wire, end) {
+            (Wire::Loop, _) => "l",
+            (Wire::Rate { .. }, End::Source) => "s",
+            (Wire::Rate { .. }, End::Target) => "t",
         };
         format!("{}-{side}", self.name)
+    }
+
+    fn interface(&self, end: End) -> String {
+        match self.wire {
+            Wire::Loop => "lo".into(),
+            Wire::Rate { .. } => self.namespace(end),
+        }
     }
 }
 

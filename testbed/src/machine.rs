@@ -2,7 +2,9 @@
 
 use std::ffi::OsString;
 use std::path::Path;
+use std::sync::Arc;
 
+use crate::qemu::RamFolder;
 use crate::{DiskFormat, Linux, Qemu, QemuVersion, TestbedError, tiny};
 
 /// The accelerator.
@@ -47,6 +49,8 @@ pub enum Backing {
     },
     /// No named files: what a migration from outside must refuse.
     Memfd,
+    /// Private memory without a file, as most QEMUs have it. One back end at most.
+    Private,
 }
 
 /// Whether guest RAM is allocated before the guest starts.
@@ -104,6 +108,7 @@ pub struct Machine {
     nodes_mib: Vec<u64>,
     dimms_mib: Vec<u64>,
     backing: Backing,
+    shared: Option<Arc<RamFolder>>,
     populate: Populate,
     devices: Vec<Device>,
     payload: Payload,
@@ -123,6 +128,7 @@ impl Machine {
             nodes_mib: vec![mib],
             dimms_mib: Vec::new(),
             backing: Backing::Shm,
+            shared: None,
             populate: Populate::OnDemand,
             devices: Vec::new(),
             payload: Payload::Nothing,
@@ -170,6 +176,13 @@ impl Machine {
     #[must_use]
     pub fn backing(mut self, backing: Backing) -> Self {
         self.backing = backing;
+        self
+    }
+
+    /// Uses the very RAM files of `other`, for a hand-over on the spot: two QEMUs, one memory.
+    #[must_use]
+    pub fn on_ram_of(mut self, other: &Qemu) -> Self {
+        self.shared = Some(other.ram_folder());
         self
     }
 
@@ -235,6 +248,14 @@ impl Machine {
         self.backing
     }
 
+    /// Where its RAM files go.
+    pub(crate) fn place_for_ram(&self) -> Result<Arc<RamFolder>, TestbedError> {
+        match &self.shared {
+            Some(folder) => Ok(Arc::clone(folder)),
+            None => RamFolder::create(self.backing).map(Arc::new),
+        }
+    }
+
     /// The names of the memory back ends, with their sizes in MiB.
     pub(crate) fn backends(&self) -> impl Iterator<Item = (String, u64)> {
         let named = |prefix, sizes: &[u64]| {
@@ -285,9 +306,14 @@ impl Machine {
         for (name, mib) in self.backends() {
             let kind = match self.backing {
                 Backing::Memfd => "memory-backend-memfd".into(),
+                Backing::Private => "memory-backend-ram".into(),
                 _ => format!("memory-backend-file,mem-path={}/{name}", ram.display()),
             };
-            let object = format!("{kind},id={name},size={mib}M,share=on,prealloc={prealloc}");
+            let share = match self.backing {
+                Backing::Private => "off",
+                _ => "on",
+            };
+            let object = format!("{kind},id={name},size={mib}M,share={share},prealloc={prealloc}");
             args.pair("-object", object);
         }
         let base: u64 = self.nodes_mib.iter().sum();

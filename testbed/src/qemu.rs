@@ -5,11 +5,11 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{Backing, Machine, Monitor, Ram, StatusPage, TestbedError, wait_until};
@@ -37,14 +37,14 @@ pub struct Qemu {
     child: Mutex<Child>,
     monitor: Mutex<Monitor>,
     rams: Vec<Ram>,
-    _ram_folder: RamFolder,
+    ram_folder: Arc<RamFolder>,
     folder: TempDir,
 }
 
 impl Qemu {
     pub(crate) fn start(machine: &Machine) -> Result<Self, TestbedError> {
         let folder = TempDir::with_prefix("ferry-qemu-").map_err(TestbedError::io("temp dir"))?;
-        let ram_folder = RamFolder::create(machine.backing_of_ram())?;
+        let ram_folder = machine.place_for_ram()?;
         let log = File::create(folder.path().join("log")).map_err(TestbedError::io("log file"))?;
         let child = Command::new(machine.version().executable()?)
             .args(machine.arguments(ram_folder.path(), folder.path())?)
@@ -56,12 +56,13 @@ impl Qemu {
             .map_err(TestbedError::io("start QEMU"))?;
         // From here on an early return must end the process.
         let mut child = Reaped(Some(child));
-        let monitor = match connect(child.get(), folder.path()) {
+        let mut monitor = match connect(child.get(), folder.path()) {
             Ok(monitor) => monitor,
             Err(error) => return Err(ended_early(child.get(), folder.path()).unwrap_or(error)),
         };
         let rams = match machine.backing_of_ram() {
             Backing::Memfd => Vec::new(),
+            Backing::Private => private_ram(machine, &mut monitor, child.get().id())?,
             _ => machine
                 .backends()
                 .map(|(name, _)| Ram::open(&ram_folder.path().join(name)))
@@ -71,7 +72,7 @@ impl Qemu {
             child: Mutex::new(child.release()),
             monitor: Mutex::new(monitor),
             rams,
-            _ram_folder: ram_folder,
+            ram_folder,
             folder,
         })
     }
@@ -94,6 +95,10 @@ impl Qemu {
     /// The RAM files in the order of the back ends: `ram0`, …, `dimm0`, ….
     pub fn rams(&self) -> &[Ram] {
         &self.rams
+    }
+
+    pub(crate) fn ram_folder(&self) -> Arc<RamFolder> {
+        Arc::clone(&self.ram_folder)
     }
 
     /// The RAM of `ram0`.
@@ -257,6 +262,29 @@ fn connect(child: &mut Child, folder: &Path) -> Result<Monitor, TestbedError> {
     })?
 }
 
+/// RAM that is no file: in the process, where QEMU says that guest address 0 is.
+fn private_ram(
+    machine: &Machine,
+    monitor: &mut Monitor,
+    pid: u32,
+) -> Result<Vec<Ram>, TestbedError> {
+    let question = json!({"command-line": "gpa2hva 0"});
+    let answer = monitor.execute("human-monitor-command", &question)?;
+    let text = answer.as_str().unwrap_or_default().trim_end();
+    let address = text
+        .rsplit_once("0x")
+        .and_then(|(_, digits)| u64::from_str_radix(digits, 16).ok())
+        .ok_or_else(|| TestbedError::Qmp {
+            command: "gpa2hva 0".into(),
+            answer: text.to_owned(),
+        })?;
+    machine
+        .backends()
+        .take(1)
+        .map(|(name, mib)| Ram::in_process(pid, &name, address..address + (mib << 20)))
+        .collect()
+}
+
 fn is_early(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionRefused, NotFound};
     matches!(error.kind(), ConnectionRefused | NotFound)
@@ -322,17 +350,17 @@ impl Drop for Reaped {
 
 /// The folder with the RAM files, and the file system mounted there, if one is.
 #[derive(Debug)]
-struct RamFolder {
+pub(crate) struct RamFolder {
     folder: TempDir,
     is_mounted: bool,
 }
 
 impl RamFolder {
-    fn create(backing: Backing) -> Result<Self, TestbedError> {
+    pub(crate) fn create(backing: Backing) -> Result<Self, TestbedError> {
         let folder = TempDir::with_prefix_in("ferry-ram-", "/dev/shm")
             .map_err(TestbedError::io("create a folder in /dev/shm"))?;
         let file_system = match backing {
-            Backing::Shm | Backing::Memfd => None,
+            Backing::Shm | Backing::Memfd | Backing::Private => None,
             Backing::HugeTmpfs => Some(("tmpfs", "huge=always".to_owned())),
             Backing::Hugetlb => Some(("hugetlbfs", "pagesize=2M".to_owned())),
             Backing::Limited { mib } => Some(("tmpfs", format!("size={mib}m"))),

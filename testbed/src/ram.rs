@@ -1,10 +1,12 @@
 //! Guest RAM from outside, and the status page in it.
 //!
 //! Only ever with `pread`, and only where there is data: a look through a mapping would allocate
-//! the holes that a migration's target must keep.
+//! the holes that a migration's target must keep. Private RAM is read through `/proc/PID/mem`, and
+//! what is there is asked of `/proc/PID/pagemap`.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,11 +23,24 @@ const CHUNK: usize = 256 * PAGE_SIZE;
 /// What the kernel counts allocated blocks in.
 const BLOCK_BYTES: u64 = 512;
 
-/// One file of guest RAM, kept open: it can be read also after its QEMU has gone.
+/// Bytes for each page in `/proc/PID/pagemap`, and the bits of a page that is there or swapped out.
+const ENTRY_BYTES: usize = size_of::<u64>();
+const ALLOCATED: u64 = 0b11 << 62;
+
+/// One piece of guest RAM. A file is kept open and can be read also after its QEMU has gone; private
+/// memory goes with its QEMU.
 #[derive(Clone, Debug)]
 pub struct Ram {
     path: PathBuf,
     file: Arc<File>,
+    private: Option<Arc<Private>>,
+}
+
+/// Where in a process the RAM is.
+#[derive(Debug)]
+struct Private {
+    pagemap: File,
+    addresses: Range<u64>,
 }
 
 impl Ram {
@@ -36,17 +51,38 @@ impl Ram {
         Ok(Self {
             path: path.to_owned(),
             file: Arc::new(file),
+            private: None,
         })
     }
 
-    /// Its path, as long as its QEMU lives.
+    /// Opens the private RAM called `name` that lies at `addresses` of a process.
+    pub(crate) fn in_process(
+        pid: u32,
+        name: &str,
+        addresses: Range<u64>,
+    ) -> Result<Self, TestbedError> {
+        let open = |path: String| File::open(&path).map_err(TestbedError::io(path));
+        Ok(Self {
+            path: name.into(),
+            file: Arc::new(open(format!("/proc/{pid}/mem"))?),
+            private: Some(Arc::new(Private {
+                pagemap: open(format!("/proc/{pid}/pagemap"))?,
+                addresses,
+            })),
+        })
+    }
+
+    /// Its path, as long as its QEMU lives; of private RAM, the name of its back end.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// Size in bytes.
     pub fn len(&self) -> Result<u64, TestbedError> {
-        Ok(self.file.metadata().map_err(self.error())?.len())
+        match &self.private {
+            Some(private) => Ok(private.addresses.end - private.addresses.start),
+            None => Ok(self.file.metadata().map_err(self.error())?.len()),
+        }
     }
 
     /// Whether it has no bytes at all.
@@ -56,7 +92,14 @@ impl Ram {
 
     /// Bytes that are allocated: holes cost nothing.
     pub fn allocated_bytes(&self) -> Result<u64, TestbedError> {
-        Ok(self.file.metadata().map_err(self.error())?.blocks() * BLOCK_BYTES)
+        let Some(private) = &self.private else {
+            return Ok(self.file.metadata().map_err(self.error())?.blocks() * BLOCK_BYTES);
+        };
+        let mut pages = 0;
+        private
+            .each_entry(|_, entry| pages += u64::from(entry & ALLOCATED != 0))
+            .map_err(self.error())?;
+        Ok(pages * PAGE_SIZE as u64)
     }
 
     /// The offset of the first page that differs from the other's, if one does.
@@ -81,11 +124,33 @@ impl Ram {
 
     /// Reads bytes at `offset`; holes read as zeros and stay holes.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), TestbedError> {
-        self.file.read_exact_at(into, offset).map_err(self.error())
+        let start = self
+            .private
+            .as_ref()
+            .map_or(0, |private| private.addresses.start);
+        self.file
+            .read_exact_at(into, start + offset)
+            .map_err(self.error())
     }
 
     /// Calls `look` for chunks of pages, with their offset, wherever there is data.
     pub fn each_chunk(&self, mut look: impl FnMut(u64, &[u8])) -> Result<(), TestbedError> {
+        if let Some(private) = &self.private {
+            let mut there = Vec::new();
+            private
+                .each_entry(|offset, entry| {
+                    if entry & ALLOCATED != 0 {
+                        there.push(offset);
+                    }
+                })
+                .map_err(self.error())?;
+            let mut page = [0; PAGE_SIZE];
+            for offset in there {
+                self.read_at(offset, &mut page)?;
+                look(offset, &page);
+            }
+            return Ok(());
+        }
         let end = self.len()?;
         let mut buffer = vec![0; CHUNK];
         let mut at = 0;
@@ -148,6 +213,26 @@ impl Ram {
 
     fn error(&self) -> impl FnOnce(io::Error) -> TestbedError + use<> {
         TestbedError::io(format!("read {}", self.path.display()))
+    }
+}
+
+impl Private {
+    /// Calls `look` with the offset of every page and what the kernel says of it.
+    fn each_entry(&self, mut look: impl FnMut(u64, u64)) -> io::Result<()> {
+        let mut entries = vec![0; CHUNK / PAGE_SIZE * ENTRY_BYTES];
+        let size = PAGE_SIZE as u64;
+        for chunk in self.addresses.clone().step_by(CHUNK) {
+            let pages = (self.addresses.end - chunk) / size;
+            let length = usize::try_from(pages)
+                .map_or(entries.len(), |left| entries.len().min(left * ENTRY_BYTES));
+            let at = chunk / size * ENTRY_BYTES as u64;
+            self.pagemap.read_exact_at(&mut entries[..length], at)?;
+            let offsets = (chunk - self.addresses.start..).step_by(PAGE_SIZE);
+            for (offset, entry) in offsets.zip(entries[..length].chunks_exact(ENTRY_BYTES)) {
+                look(offset, word(entry, 0));
+            }
+        }
+        Ok(())
     }
 }
 

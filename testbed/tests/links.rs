@@ -27,6 +27,7 @@ fn carries_its_rate() {
     let _turn = Turn::take().unwrap();
     let link = Link::lay(1000).unwrap();
     let (mut source, mut target) = connect(&link);
+    let before = link.carried_bytes().unwrap();
     let began = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(|| source.write_all(&vec![7; MANY_BYTES as usize]).unwrap());
@@ -34,6 +35,8 @@ fn carries_its_rate() {
         target.set_read_timeout(Some(BOUND)).unwrap();
         target.read_exact(&mut bytes).unwrap();
     });
+    let carried = link.carried_bytes().unwrap() - before;
+    assert!(carried > MANY_BYTES.into(), "{carried} bytes");
     let mbit_per_s = 8.0 * f64::from(MANY_BYTES) / 1e6 / began.elapsed().as_secs_f64();
     // The rate counts headers too, and the first burst is free.
     assert!((500.0..1050.0).contains(&mbit_per_s), "{mbit_per_s} Mbit/s");
@@ -81,4 +84,19 @@ fn programs_run_on_a_host_and_nothing_is_left_of_it() {
     let before = ours();
     drop(link);
     assert_eq!(ours(), before - 2);
+}
+
+#[test]
+fn a_loop_carries_what_is_said_on_it_and_nothing_else() {
+    let _turn = Turn::take().unwrap();
+    let link = Link::loop_back().unwrap();
+    assert_eq!(link.carried_bytes().unwrap(), 0);
+    let (mut source, mut target) = connect(&link);
+    source.write_all(b"hello").unwrap();
+    target.set_read_timeout(Some(BOUND)).unwrap();
+    let mut bytes = [0; 5];
+    target.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"hello");
+    let carried = link.carried_bytes().unwrap();
+    assert!((5..5000).contains(&carried), "{carried} bytes");
 }

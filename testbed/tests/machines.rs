@@ -81,6 +81,15 @@ fn nothing_is_left_behind() {
 
 #[test]
 fn guest_and_probe_follow_a_move_by_qemu_itself() {
+    follow_a_move(Backing::Shm);
+}
+
+#[test]
+fn and_with_memory_that_is_no_file() {
+    follow_a_move(Backing::Private);
+}
+
+fn follow_a_move(backing: Backing) {
     let _turn = Turn::take().unwrap();
     // Not 7.2: its own migration loses writes of TCG guests (the translator's cached store addresses
     // outlive the clearing of the dirty bitmap; mended in QEMU 9.0), and the guest crashes.
@@ -90,6 +99,7 @@ fn guest_and_probe_follow_a_move_by_qemu_itself() {
         .writing_pages_per_s(2000)
         .verifying_disk();
     let machine = Machine::new(version, 384)
+        .backing(backing)
         .linux(linux)
         .device(Device::Disk {
             format: disk.format(),
@@ -129,4 +139,18 @@ fn guest_and_probe_follow_a_move_by_qemu_itself() {
         "{:?}",
         seen.blackout
     );
+}
+
+#[test]
+fn two_machines_share_one_memory_until_both_are_gone() {
+    let _turn = Turn::take().unwrap();
+    let machine = Machine::new(QemuVersion::V10_0, 64);
+    let first = machine.start().unwrap();
+    let second = machine.clone().on_ram_of(&first).start().unwrap();
+    assert_eq!(first.ram().path(), second.ram().path());
+    let path = second.ram().path().to_owned();
+    drop(first);
+    assert!(path.exists());
+    drop(second);
+    assert!(!path.exists());
 }

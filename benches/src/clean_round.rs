@@ -1,0 +1,63 @@
+//! What it costs the engine to look through a guest's RAM and find nothing.
+//!
+//! Measured with the engine's own tracker on a real QEMU whose guest rests: all of its RAM is scanned
+//! and nothing is reported. A round has the exchange of its markers besides, which does not grow with
+//! the guest.
+
+use std::time::{Duration, Instant};
+
+use ferry_engine::qemu::{Options, Qemu as Attached, Side};
+use ferry_engine::vmm::{Rearm, Tracker, VmmError};
+use ferry_testbed::{Qemu, TestbedError};
+
+use crate::figures::Spread;
+
+/// Scans of which the median counts.
+const SCANS: usize = 21;
+
+/// The median of some scans of a resting guest, in ms for each GiB of its RAM.
+pub fn measure(qemu: &Qemu) -> Result<f64, TestbedError> {
+    let bytes: u64 = {
+        let lengths = qemu.rams().iter().map(ferry_testbed::Ram::len);
+        lengths.collect::<Result<Vec<_>, _>>()?.iter().sum()
+    };
+    let scan = median_scan(qemu).map_err(|error| TestbedError::Program {
+        program: "the engine's tracker".into(),
+        log: error.to_string(),
+    })?;
+    #[allow(clippy::cast_precision_loss, reason = "RAM is far below 2^53 bytes")]
+    let gib = bytes as f64 / f64::from(1 << 30);
+    Ok(scan.as_secs_f64() * 1e3 / gib)
+}
+
+fn median_scan(qemu: &Qemu) -> Result<Duration, VmmError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .map_err(|error| VmmError::io("start a runtime", error))?;
+    let address = ferry_qmp::Address::Unix(qemu.qmp_path());
+    let options = Options::default();
+    runtime.block_on(async {
+        let attached = Attached::attach(&address, &options).await?;
+        let mut vm = attached.vm(Side::Source)?;
+        let scans = scan(vm.tracker.as_mut());
+        // Whatever came of it, QEMU is left as it was.
+        vm.tracker.stop()?;
+        scans
+    })
+}
+
+fn scan(tracker: &mut dyn Tracker) -> Result<Duration, VmmError> {
+    tracker.start()?;
+    // The first finds what was never protected.
+    tracker.collect(Rearm::Yes, &mut |_, _| ())?;
+    let mut times = Vec::new();
+    for _ in 0..SCANS {
+        let began = Instant::now();
+        tracker.collect(Rearm::Yes, &mut |_, _| ())?;
+        times.push(began.elapsed().as_secs_f64());
+    }
+    let spread = Spread::of(times).expect("there is more than one scan");
+    Ok(Duration::from_secs_f64(spread.median))
+}

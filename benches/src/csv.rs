@@ -1,0 +1,57 @@
+//! Every move as a line of comma-separated values.
+
+use std::fmt::Write as _;
+
+use crate::figures::{Figures, Move};
+
+const HEADING: &str = "case,peer,memory,run,total_ms,blackout_ms,stall_ms,brownout_ms,lost_s,\
+    resolution_ms,wire_bytes,source_cpu_s,source_guest_cpu_s,target_cpu_s,target_guest_cpu_s,\
+    source_peak_kib,target_peak_kib,bad";
+
+/// All moves of all cases, with a heading. No value has a comma in it.
+pub fn of(figures: &Figures) -> String {
+    let mut text = format!("{HEADING}\n");
+    for case in &figures.cases {
+        for series in &case.series {
+            for (at, run) in series.moves.iter().enumerate() {
+                let (name, peer, memory) = (&case.name, series.peer, series.memory);
+                _ = write!(text, "{name},{peer},{memory},{},", at + 1);
+                add_move(&mut text, run);
+            }
+        }
+    }
+    text
+}
+
+fn add_move(text: &mut String, run: &Move) {
+    let Move {
+        total_ms,
+        blackout_ms,
+        stall_ms,
+        brownout_ms,
+        lost_s,
+        resolution_ms,
+        wire_bytes,
+        source,
+        target,
+        engine,
+        bad,
+        curve: _,
+    } = run;
+    let peak = |of: fn(&crate::figures::EngineFigures) -> u64| {
+        engine
+            .as_ref()
+            .map_or_else(String::new, |it| of(it).to_string())
+    };
+    _ = writeln!(
+        text,
+        "{total_ms:.3},{blackout_ms:.3},{stall_ms:.3},{brownout_ms:.3},{lost_s:.4},\
+         {resolution_ms:.3},{wire_bytes},{:.4},{:.4},{:.4},{:.4},{},{},{bad}",
+        source.migration_s,
+        source.guest_s,
+        target.migration_s,
+        target.guest_s,
+        peak(|it| it.source_peak_kib),
+        peak(|it| it.target_peak_kib),
+    );
+}

@@ -1,0 +1,236 @@
+//! The whole comparison: cases one after the other, and in each the ways in turn.
+//!
+//! Whatever the machine does meanwhile, it does to all ways. Each maker has guests of its own, one
+//! for each kind of memory, so that none inherits how another left the page tables; while one moves
+//! the others rest.
+
+use std::process::Command;
+
+use ferry_testbed::{TestbedError, ferry_binary};
+
+use crate::case::{Case, Conditions, Field};
+use crate::clean_round;
+use crate::course::Course;
+use crate::figures::{CaseFigures, Figures, Series};
+use crate::host::{Host, memory_mib};
+use crate::peer::{Memory, Peer};
+
+/// What a machine needs besides guest RAM, and what is left to others.
+const SPARE_MIB: u64 = 2048;
+
+/// RAM that a guest has in use besides its data: its kernel and QEMU.
+const GUEST_SYSTEM_MIB: u64 = 256;
+
+/// What to compare.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The cases.
+    pub cases: Vec<Case>,
+    /// Whether they are the small ones.
+    pub quick: bool,
+    /// The ways; without, those that each case names.
+    pub peers: Option<Vec<Peer>>,
+    /// Moves by each way.
+    pub runs: usize,
+}
+
+/// Whose guest it is: Ferry's or QEMU's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Camp {
+    is_qemu: bool,
+    memory: Memory,
+}
+
+impl Camp {
+    fn of(peer: Peer, memory: Memory) -> Self {
+        Self {
+            is_qemu: peer.is_qemu(),
+            memory,
+        }
+    }
+
+    /// What its guest may take at rest, and again at its target, in MiB.
+    fn needs_mib(self, conditions: &Conditions) -> u64 {
+        // QEMU reads all of a guest's RAM, and to read a hole of a file is to allocate it.
+        let all = conditions.preallocated || self.is_qemu && self.memory == Memory::SharedFile;
+        if all {
+            conditions.guest_mib
+        } else {
+            conditions.data_mib
+        }
+        .saturating_add(GUEST_SYSTEM_MIB)
+    }
+}
+
+impl Plan {
+    /// Measures it all.
+    pub fn measure(&self) -> Result<Figures, TestbedError> {
+        let mut figures = Figures {
+            host: Host::here()?,
+            runs: self.runs,
+            quick: self.quick,
+            cases: Vec::new(),
+            left_out: Vec::new(),
+        };
+        let has_lanes = ferry_has_lanes()?;
+        for case in &self.cases {
+            let peers = self
+                .peers_of(case)
+                .into_iter()
+                .filter(|peer| has_lanes || !matches!(peer, Peer::FerryOver { .. }));
+            let mut measuring = Measuring::new(case, peers);
+            measuring.leave_out_what_does_not_fit(&mut figures.left_out);
+            figures.cases.push(measuring.measure(self.runs)?);
+        }
+        if !has_lanes {
+            let without = "ferry:LANES: this ferry has no --parallel-connections".into();
+            figures.left_out.push(without);
+        }
+        Ok(figures)
+    }
+
+    fn peers_of(&self, case: &Case) -> Vec<Peer> {
+        match (&self.peers, case.field) {
+            // A guest that is busy may stand still for other reasons.
+            (Some(peers), Field::Everyone) => {
+                let with_copy = |peer: &&Peer| **peer != Peer::Switchover;
+                peers.iter().filter(with_copy).copied().collect()
+            }
+            (Some(peers), Field::Switchover) => peers.clone(),
+            (None, Field::Everyone) => Peer::everyone(),
+            (None, Field::Switchover) => vec![Peer::Ferry, Peer::Switchover, Peer::Precopy],
+        }
+    }
+}
+
+/// A case under way.
+struct Measuring<'a> {
+    case: &'a Case,
+    series: Vec<Series>,
+    courses: Vec<(Camp, Course)>,
+}
+
+impl<'a> Measuring<'a> {
+    fn new(case: &'a Case, peers: impl Iterator<Item = Peer>) -> Self {
+        let series = |peer: Peer| {
+            peer.memories().iter().map(move |&memory| Series {
+                peer,
+                memory,
+                moves: Vec::new(),
+                failures: Vec::new(),
+            })
+        };
+        Self {
+            case,
+            series: peers.flat_map(series).collect(),
+            courses: Vec::new(),
+        }
+    }
+
+    /// Drops the camp that needs most until the rest fits into this machine's memory.
+    fn leave_out_what_does_not_fit(&mut self, left_out: &mut Vec<String>) {
+        loop {
+            let camps = self.camps();
+            let needs = |camp: &Camp| camp.needs_mib(&self.case.conditions);
+            let greatest = camps.iter().copied().max_by_key(needs);
+            // All rest but one, and that one is in two places.
+            let sum: u64 = camps.iter().map(needs).sum();
+            let needed = sum + greatest.as_ref().map_or(0, needs) + SPARE_MIB;
+            let there = memory_mib("MemAvailable");
+            let Some(greatest) = greatest.filter(|_| needed > there) else {
+                return;
+            };
+            left_out.push(format!(
+                "{}: QEMU's ways or Ferry's with {} memory: {needed} MiB of RAM needed, {there} available",
+                self.case.name, greatest.memory
+            ));
+            self.series
+                .retain(|series| Camp::of(series.peer, series.memory) != greatest);
+        }
+    }
+
+    fn camps(&self) -> Vec<Camp> {
+        let mut camps = Vec::new();
+        for series in &self.series {
+            let camp = Camp::of(series.peer, series.memory);
+            if !camps.contains(&camp) {
+                camps.push(camp);
+            }
+        }
+        camps
+    }
+
+    fn measure(mut self, runs: usize) -> Result<CaseFigures, TestbedError> {
+        eprintln!("{}: {}", self.case.name, self.case.what);
+        for run in 0..runs {
+            for turn in 0..self.series.len() {
+                // Nobody is always the first.
+                let at = (run + turn) % self.series.len();
+                let moves = match self.series[at].peer {
+                    Peer::Ferry => self.case.ferry_moves,
+                    _ => 1,
+                };
+                for _ in 0..moves {
+                    self.carry(at)?;
+                }
+            }
+        }
+        let ours = self.courses.iter().find(|(camp, _)| !camp.is_qemu);
+        let clean_round_ms_per_gib = ours
+            .map(|(_, course)| clean_round::measure(course.here()))
+            .transpose()?;
+        Ok(CaseFigures {
+            name: self.case.name.to_owned(),
+            what: self.case.what.to_owned(),
+            conditions: self.case.conditions,
+            series: self.series,
+            clean_round_ms_per_gib,
+        })
+    }
+
+    /// One move. One that fails ends its guest and is noted; the next begins with a fresh one.
+    fn carry(&mut self, at: usize) -> Result<(), TestbedError> {
+        let (peer, memory) = (self.series[at].peer, self.series[at].memory);
+        let camp = Camp::of(peer, memory);
+        let place = self.courses.iter().position(|(of, _)| *of == camp);
+        let place = if let Some(place) = place {
+            place
+        } else {
+            let course = Course::begin(self.case.conditions, memory)?;
+            self.courses.push((camp, course));
+            self.courses.len() - 1
+        };
+        let series = &mut self.series[at];
+        match self.courses[place].1.carry(peer) {
+            Ok(moved) => {
+                eprintln!(
+                    "  {:<22} total {:>8.0} ms, blackout {:>7.1} ms, {:>6.0} MiB",
+                    series.label(),
+                    moved.total_ms,
+                    moved.blackout_ms,
+                    mib(moved.wire_bytes),
+                );
+                series.moves.push(moved);
+            }
+            Err(error) => {
+                eprintln!("  {:<22} FAILED: {error}", series.label());
+                series.failures.push(error.to_string());
+                self.courses.remove(place);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[allow(clippy::cast_precision_loss, reason = "a rounded figure for people")]
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn ferry_has_lanes() -> Result<bool, TestbedError> {
+    let help = Command::new(ferry_binary()?)
+        .args(["migrate", "--help"])
+        .output()
+        .map_err(TestbedError::io("start ferry"))?;
+    Ok(String::from_utf8_lossy(&help.stdout).contains("--parallel-connections"))
+}

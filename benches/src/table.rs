@@ -1,0 +1,91 @@
+//! The figures for people, on a terminal: medians, with minimum and maximum in brackets.
+
+use std::fmt::Write as _;
+
+use crate::figures::{CaseFigures, Figures, Move, Series};
+
+/// A figure of a move, with its heading.
+struct Column {
+    name: &'static str,
+    digits: usize,
+    of: fn(&Move) -> f64,
+}
+
+const COLUMNS: [Column; 6] = [
+    Column {
+        name: "total ms",
+        digits: 0,
+        of: |run| run.total_ms,
+    },
+    Column {
+        name: "blackout ms",
+        digits: 1,
+        of: |run| run.blackout_ms,
+    },
+    Column {
+        name: "brown-out ms",
+        digits: 0,
+        of: |run| run.brownout_ms,
+    },
+    Column {
+        name: "lost s",
+        digits: 2,
+        of: |run| run.lost_s,
+    },
+    Column {
+        name: "wire MiB",
+        digits: 0,
+        of: wire_mib,
+    },
+    Column {
+        name: "CPU s",
+        digits: 2,
+        of: |run| run.source.migration_s + run.target.migration_s,
+    },
+];
+
+#[allow(clippy::cast_precision_loss, reason = "a rounded figure for people")]
+fn wire_mib(run: &Move) -> f64 {
+    run.wire_bytes as f64 / f64::from(1 << 20)
+}
+
+/// All cases.
+pub fn of(figures: &Figures) -> String {
+    let mut text = String::new();
+    for case in &figures.cases {
+        add_case(&mut text, case);
+    }
+    for what in &figures.left_out {
+        _ = writeln!(text, "left out: {what}");
+    }
+    text
+}
+
+fn add_case(text: &mut String, case: &CaseFigures) {
+    _ = writeln!(text, "\n{}: {}", case.name, case.what);
+    _ = write!(text, "{:<22}", "");
+    for column in COLUMNS {
+        _ = write!(text, "{:>23}", column.name);
+    }
+    _ = writeln!(text, "{:>5}{:>7}", "bad", "failed");
+    for series in &case.series {
+        add_series(text, series);
+    }
+    if let Some(ms) = case.clean_round_ms_per_gib {
+        _ = writeln!(text, "a round with nothing dirty: {ms:.2} ms/GiB");
+    }
+}
+
+fn add_series(text: &mut String, series: &Series) {
+    _ = write!(text, "{:<22}", series.label());
+    for Column { digits, of, .. } in COLUMNS {
+        let cell = series.spread(of).map_or_else(String::new, |spread| {
+            let number = |value: f64| format!("{value:.digits$}");
+            let [median, min, max] = [spread.median, spread.min, spread.max].map(number);
+            format!("{median} ({min} – {max})")
+        });
+        _ = write!(text, "{cell:>23}");
+    }
+    let bad: u64 = series.moves.iter().map(|run| run.bad).sum();
+    _ = writeln!(text, "{bad:>5}{:>7}", series.failures.len());
+}
