@@ -10,7 +10,7 @@ use ferry_engine::qemu::{Options, Qemu as Attached, Side};
 use ferry_engine::vmm::{Rearm, Tracker, VmmError};
 use ferry_testbed::{Qemu, TestbedError};
 
-use crate::figures::Spread;
+use crate::figures::{Spread, mib};
 
 /// Scans of which the median counts.
 const SCANS: usize = 21;
@@ -25,9 +25,7 @@ pub fn measure(qemu: &Qemu) -> Result<f64, TestbedError> {
         program: "the engine's tracker".into(),
         log: error.to_string(),
     })?;
-    #[allow(clippy::cast_precision_loss, reason = "RAM is far below 2^53 bytes")]
-    let gib = bytes as f64 / f64::from(1 << 30);
-    Ok(scan.as_secs_f64() * 1e3 / gib)
+    Ok(scan.as_secs_f64() * 1e3 / (mib(bytes) / 1024.0))
 }
 
 fn median_scan(qemu: &Qemu) -> Result<Duration, VmmError> {

@@ -181,6 +181,20 @@ impl Figures {
     }
 }
 
+/// A count as a number to calculate with.
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "bytes, milliseconds and rows: all far below 2^53"
+)]
+pub(crate) fn number(count: u64) -> f64 {
+    count as f64
+}
+
+/// Bytes in MiB.
+pub(crate) fn mib(bytes: u64) -> f64 {
+    number(bytes) / f64::from(1 << 20)
+}
+
 /// Median, minimum and maximum.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spread {

@@ -42,13 +42,16 @@
 //! involved; what remains is what QEMU needs itself.
 #![forbid(unsafe_code)]
 
+pub mod baseline;
 pub mod case;
 pub mod clean_round;
 pub mod cost;
 pub mod course;
 pub mod csv;
 pub mod figures;
+pub mod hold;
 pub mod host;
+pub mod html;
 pub mod matrix;
 pub mod peer;
 pub mod table;

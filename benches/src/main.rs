@@ -2,14 +2,17 @@
 
 use std::error::Error;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use ferry_benches::baseline::{self, Baseline};
 use ferry_benches::case::Case;
+use ferry_benches::figures::Figures;
 use ferry_benches::matrix::Plan;
 use ferry_benches::peer::Peer;
-use ferry_benches::{csv, table};
+use ferry_benches::{csv, hold, html, table};
 use ferry_testbed::Turn;
+use serde::de::DeserializeOwned;
 
 /// Moves guests from QEMU to QEMU, by Ferry and by QEMU's own migration in turn, and compares what the
 /// guests saw.
@@ -37,6 +40,22 @@ struct Args {
     /// Write every move to this file, as comma-separated values
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
+    /// Write a page with charts to this file
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Measure nothing: take the figures that an earlier run wrote with --json
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "cases", "peers", "runs"])]
+    from: Option<PathBuf>,
+    /// Fail when ferry misses a figure that must hold; of a quick run, only when a page is bad or a
+    /// move fails
+    #[arg(long)]
+    check: bool,
+    /// Fail when ferry has got worse than in this baseline
+    #[arg(long, value_name = "FILE")]
+    compare: Option<PathBuf>,
+    /// Write a baseline to this file
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
 }
 
 /// Moves by each way.
@@ -63,16 +82,60 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         return Ok(());
     }
-    let _turn = Turn::take()?;
-    let figures = plan.measure()?;
+    let figures = if let Some(path) = &args.from {
+        read(path)?
+    } else {
+        let _turn = Turn::take()?;
+        plan.measure()?
+    };
+    write(&args, &figures)?;
     print!("{}", table::of(&figures));
-    if let Some(path) = &args.json {
-        fs::write(path, serde_json::to_vec_pretty(&figures)?)?;
-    }
-    if let Some(path) = &args.csv {
-        fs::write(path, csv::of(&figures))?;
-    }
+    let rows = hold::rows(&figures);
+    print!("{}", hold::table(&rows));
+    judge(&args, &figures)
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T, Box<dyn Error>> {
+    let text = fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let value = serde_json::from_slice(&text);
+    Ok(value.map_err(|error| format!("{}: {error}", path.display()))?)
+}
+
+fn write(args: &Args, figures: &Figures) -> Result<(), Box<dyn Error>> {
+    let save = |path: &Option<PathBuf>, text: &dyn Fn() -> serde_json::Result<String>| {
+        let Some(path) = path else {
+            return Ok(());
+        };
+        let told = |error: &dyn Error| format!("{}: {error}", path.display());
+        let text = text().map_err(|error| told(&error))?;
+        fs::write(path, text).map_err(|error| told(&error))
+    };
+    save(&args.json, &|| serde_json::to_string_pretty(figures))?;
+    save(&args.csv, &|| Ok(csv::of(figures)))?;
+    save(&args.html, &|| Ok(html::page(figures)))?;
+    save(&args.baseline, &|| {
+        serde_json::to_string_pretty(&Baseline::of(figures))
+    })?;
     Ok(())
+}
+
+/// What the exit code tells.
+fn judge(args: &Args, figures: &Figures) -> Result<(), Box<dyn Error>> {
+    let mut wrong = Vec::new();
+    if args.check {
+        wrong.extend(hold::missed(figures));
+    }
+    if let Some(path) = &args.compare {
+        let then: Baseline = read(path)?;
+        let changes = then.compare(&Baseline::of(figures))?;
+        print!("{}", baseline::table(&changes));
+        let worse = changes.iter().filter(|change| change.is_regression());
+        wrong.extend(worse.map(|change| format!("worse than the baseline: {}", change.what)));
+    }
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    Err(wrong.join("; ").into())
 }
 
 fn plan(args: &Args) -> Result<Plan, String> {

@@ -11,7 +11,7 @@ use ferry_testbed::{TestbedError, ferry_binary};
 use crate::case::{Case, Conditions, Field};
 use crate::clean_round;
 use crate::course::Course;
-use crate::figures::{CaseFigures, Figures, Series};
+use crate::figures::{CaseFigures, Figures, Series, mib};
 use crate::host::{Host, memory_mib};
 use crate::peer::{Memory, Peer};
 
@@ -220,11 +220,6 @@ impl<'a> Measuring<'a> {
         }
         Ok(())
     }
-}
-
-#[allow(clippy::cast_precision_loss, reason = "a rounded figure for people")]
-fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
 }
 
 fn ferry_has_lanes() -> Result<bool, TestbedError> {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::figures::{CaseFigures, Figures, Move, Series};
+use crate::figures::{CaseFigures, Figures, Move, Series, mib};
 
 /// A figure of a move, with its heading.
 struct Column {
@@ -35,7 +35,7 @@ const COLUMNS: [Column; 6] = [
     Column {
         name: "wire MiB",
         digits: 0,
-        of: wire_mib,
+        of: |run| mib(run.wire_bytes),
     },
     Column {
         name: "CPU s",
@@ -43,11 +43,6 @@ const COLUMNS: [Column; 6] = [
         of: |run| run.source.migration_s + run.target.migration_s,
     },
 ];
-
-#[allow(clippy::cast_precision_loss, reason = "a rounded figure for people")]
-fn wire_mib(run: &Move) -> f64 {
-    run.wire_bytes as f64 / f64::from(1 << 20)
-}
 
 /// All cases.
 pub fn of(figures: &Figures) -> String {

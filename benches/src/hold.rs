@@ -1,0 +1,268 @@
+//! The figures that Ferry must hold, each against what was measured.
+
+use std::fmt::Write as _;
+
+use crate::figures::{CaseFigures, Figures, Move, Series, number};
+use crate::peer::Peer;
+
+/// Engine memory besides guest RAM, in MiB.
+const ENGINE_MEMORY_MIB: f64 = 64.0;
+
+/// One figure.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// Its case.
+    pub case: &'static str,
+    /// What is measured, with its unit.
+    pub what: &'static str,
+    /// What it may be at most.
+    pub limit: f64,
+    /// What it is; nothing where the case or one of the two sides was not measured.
+    pub measured: Option<f64>,
+    /// What it comes from.
+    pub from: String,
+}
+
+impl Row {
+    /// Whether it holds; nothing when it was not measured.
+    pub fn holds(&self) -> Option<bool> {
+        self.measured.map(|measured| measured <= self.limit)
+    }
+}
+
+/// All of them.
+pub fn rows(figures: &Figures) -> Vec<Row> {
+    let book = Book { figures };
+    vec![
+        book.ratio("idle", TOTAL, 0.30),
+        book.ratio("idle-cold", TOTAL, 0.50),
+        book.median_blackout("writes", 12.0),
+        book.longest_blackout("writes"),
+        book.ratio("writes", TOTAL, 0.50),
+        book.longest_blackout("link"),
+        book.ratio("link", TOTAL, 0.95),
+        book.ratio("link-text", TOTAL, 0.80),
+        book.ratio("link-text", WIRE, 0.95),
+        book.ratio("writes", LOST, 1.0),
+        book.ratio("large", TOTAL, 0.25),
+        book.over_switchover("blackout", 1.25),
+        book.engine_memory("large"),
+        book.clean_round("large", 1.0),
+    ]
+}
+
+/// What is missed, a line each: a figure above its limit, a page that the guest found bad, a move that
+/// failed. A quick run has other guests than those that the limits are for.
+pub fn missed(figures: &Figures) -> Vec<String> {
+    let above = |row: &Row| {
+        let measured = row.measured.filter(|_| row.holds() == Some(false))?;
+        let Row {
+            case, what, limit, ..
+        } = row;
+        Some(format!("{case}: {what}: {measured:.2}, at most {limit:.2}"))
+    };
+    let mut missed: Vec<String> = Vec::new();
+    if !figures.quick {
+        missed.extend(rows(figures).iter().filter_map(above));
+    }
+    for case in &figures.cases {
+        for series in case.series.iter().filter(|series| series.peer.is_ferry()) {
+            let bad: u64 = series.moves.iter().map(|run| run.bad).sum();
+            if bad > 0 {
+                missed.push(format!("{}: {}: {bad} bad pages", case.name, series.peer));
+            }
+            for failure in &series.failures {
+                missed.push(format!("{}: {}: {failure}", case.name, series.peer));
+            }
+        }
+    }
+    missed
+}
+
+/// The rows as a table.
+pub fn table(rows: &[Row]) -> String {
+    let mut text = format!(
+        "\n{:<11}{:<48}{:>10}{:>10}  {:<8}\n",
+        "must hold", "", "measured", "at most", ""
+    );
+    for row in rows {
+        let number = |value: f64| {
+            if value.is_finite() {
+                format!("{value:.2}")
+            } else {
+                "-".into()
+            }
+        };
+        let measured = number(row.measured.unwrap_or(f64::NAN));
+        let limit = number(row.limit);
+        let verdict = verdict(row);
+        _ = writeln!(
+            text,
+            "{:<11}{:<48}{measured:>10}{limit:>10}  {verdict:<8}{}",
+            row.case, row.what, row.from
+        );
+    }
+    text
+}
+
+/// In a word.
+pub fn verdict(row: &Row) -> &'static str {
+    match row.holds() {
+        Some(true) => "holds",
+        Some(false) => "MISSED",
+        None => "unknown",
+    }
+}
+
+/// A figure that is compared with QEMU's best.
+#[derive(Clone, Copy)]
+pub struct Measure {
+    /// Its name in the baseline.
+    pub name: &'static str,
+    /// What stands in the table.
+    pub what: &'static str,
+    /// Of a move.
+    pub of: fn(&Move) -> f64,
+    /// What decides which of QEMU's ways is its best: the total, or the figure itself.
+    pub best_by: fn(&Move) -> f64,
+}
+
+/// The time that a move takes.
+pub const TOTAL: Measure = Measure {
+    name: "total",
+    what: "total, ratio to QEMU's best",
+    of: |run| run.total_ms,
+    best_by: |run| run.total_ms,
+};
+
+/// The bytes that it needs, against those of QEMU's fastest way.
+pub const WIRE: Measure = Measure {
+    name: "wire",
+    what: "bytes on the wire, ratio to QEMU's fastest",
+    of: |run| number(run.wire_bytes),
+    best_by: |run| run.total_ms,
+};
+
+/// The guest's progress that it costs, against QEMU's way that costs least.
+pub const LOST: Measure = Measure {
+    name: "lost",
+    what: "progress lost, ratio to QEMU's best",
+    of: |run| run.lost_s,
+    best_by: |run| run.lost_s,
+};
+
+/// The blackout, against QEMU's shortest.
+pub const BLACKOUT: Measure = Measure {
+    name: "blackout",
+    what: "blackout, ratio to QEMU's shortest",
+    of: |run| run.blackout_ms,
+    best_by: |run| run.blackout_ms,
+};
+
+impl Measure {
+    /// Plain `ferry`'s moves, and QEMU's best way, where both were measured.
+    pub fn sides(self, case: &CaseFigures) -> Option<(&Series, &Series)> {
+        let ours = case.series_of(Peer::Ferry)?;
+        Some((ours, case.best_of_qemu(self.best_by)?))
+    }
+}
+
+/// Where rows are made.
+struct Book<'a> {
+    figures: &'a Figures,
+}
+
+impl Book<'_> {
+    fn row<const N: usize>(
+        &self,
+        name: &'static str,
+        what: &'static str,
+        limit: f64,
+        measure: impl FnOnce(&CaseFigures) -> Option<(f64, [String; N])>,
+    ) -> Row {
+        let found = self.figures.case(name).and_then(measure);
+        let (measured, from) = match found {
+            Some((measured, from)) => (Some(measured), from.join(" / ")),
+            None => (None, String::new()),
+        };
+        Row {
+            case: name,
+            what,
+            limit,
+            measured,
+            from,
+        }
+    }
+
+    fn ratio(&self, name: &'static str, measure: Measure, limit: f64) -> Row {
+        self.row(name, measure.what, limit, |case| {
+            let (ours, theirs) = measure.sides(case)?;
+            let (mine, best) = (ours.median(measure.of)?, theirs.median(measure.of)?);
+            let from = [(ours, mine), (theirs, best)]
+                .map(|(series, figure)| format!("{} {figure:.2}", series.label()));
+            Some((ratio(mine, best), from))
+        })
+    }
+
+    fn median_blackout(&self, name: &'static str, limit_ms: f64) -> Row {
+        self.row(name, "blackout, median, ms", limit_ms, |case| {
+            let ours = case.series_of(Peer::Ferry)?;
+            Some((ours.median(BLACKOUT.of)?, [moves(ours)]))
+        })
+    }
+
+    fn longest_blackout(&self, name: &'static str) -> Row {
+        let limit_ms = self
+            .figures
+            .case(name)
+            .map_or(f64::NAN, |case| number(case.conditions.downtime_limit_ms));
+        self.row(name, "blackout, the longest, ms", limit_ms, |case| {
+            let ours = case.series_of(Peer::Ferry)?;
+            Some((ours.spread(BLACKOUT.of)?.max, [moves(ours)]))
+        })
+    }
+
+    fn over_switchover(&self, name: &'static str, limit: f64) -> Row {
+        let what = "blackout, ratio to an empty switchover";
+        self.row(name, what, limit, |case| {
+            let median = |peer| case.series_of(peer)?.median(BLACKOUT.of);
+            let (ours, empty) = (median(Peer::Ferry)?, median(Peer::Switchover)?);
+            let from = [("ferry", ours), ("switchover", empty)]
+                .map(|(name, ms)| format!("{name} {ms:.2}"));
+            Some((ours / empty, from))
+        })
+    }
+
+    fn engine_memory(&self, name: &'static str) -> Row {
+        let what = "engine memory, the greater side, MiB";
+        self.row(name, what, ENGINE_MEMORY_MIB, |case| {
+            let ours = case.series_of(Peer::Ferry)?;
+            let peak = ours.spread(|run| {
+                let engine = run.engine.as_ref();
+                let kib = engine.map_or(0, |it| it.source_peak_kib.max(it.target_peak_kib));
+                number(kib) / 1024.0
+            });
+            Some((peak?.max, [moves(ours)]))
+        })
+    }
+
+    fn clean_round(&self, name: &'static str, limit: f64) -> Row {
+        let what = "a round with nothing dirty, ms/GiB";
+        self.row(name, what, limit, |case| {
+            Some((case.clean_round_ms_per_gib?, []))
+        })
+    }
+}
+
+/// A loss may be nothing, or less by chance: whoever loses nothing loses no more than the other.
+fn ratio(ours: f64, best: f64) -> f64 {
+    if ours <= best && best <= 0.0 {
+        1.0
+    } else {
+        ours.max(0.0) / best.max(f64::MIN_POSITIVE)
+    }
+}
+
+fn moves(series: &Series) -> String {
+    format!("{} moves", series.moves.len())
+}
