@@ -291,8 +291,12 @@ impl Pump {
         Ok(Self { outcome, stream })
     }
 
-    /// Waits until the sink has the last byte and has been dropped.
+    /// Waits until the sink has the last byte and has been dropped. QEMU has written it: it says
+    /// `completed` after that, and closes the stream only when its main loop comes round to it, which
+    /// nobody has to wait for. What the socket holds is still read.
     async fn finish(&mut self) -> Result<(), VmmError> {
+        // It fails when QEMU has closed the stream already.
+        let _ = self.stream.shutdown(std::net::Shutdown::Read);
         match timeout(limits::SAVE, &mut self.outcome).await {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(source))) => Err(VmmError::io("cannot pass on QEMU's device state", source)),

@@ -2,7 +2,7 @@
 
 use ferry_stream::message::Message;
 
-use super::{Link, Shared, State};
+use super::{Hardware, Link, Shared, State};
 use crate::core::message::{
     Action, Failure, GuestLeft, Input, Notice, Outcome, Reason, Record, Step,
 };
@@ -80,7 +80,22 @@ pub(super) struct Undoing {
     reason: Reason,
     undone: Option<GuestLeft>,
     tracking_stopped: bool,
+    why: Why,
     keeping: bool,
+}
+
+/// Whether the reason is known in full.
+#[derive(PartialEq, Eq)]
+enum Why {
+    Known,
+    /// A device that was plugged makes the target's load fail, and the target's word for that explains
+    /// nothing: the hardware is being read, once the guest runs again.
+    HardwareRead,
+}
+
+/// A target that gave up may have closed the link before its word was read.
+fn blames_the_peer(reason: &Reason) -> bool {
+    matches!(reason, Reason::PeerAborted { .. } | Reason::LinkLost { .. })
 }
 
 impl Shared {
@@ -91,12 +106,19 @@ impl Shared {
         self.send(reason.abort());
         self.link = Link::Down;
         self.actions.push_back(Action::Undo { guest: self.wanted });
+        let why = if self.hardware == Hardware::Due && blames_the_peer(&reason) {
+            self.read_hardware();
+            Why::HardwareRead
+        } else {
+            Why::Known
+        };
         self.actions.push_back(Action::CloseLanes);
         self.actions.push_back(Action::StopTracking);
         State::Undoing(Undoing {
             reason,
             undone: None,
             tracking_stopped: false,
+            why,
             keeping: false,
         })
     }
@@ -113,6 +135,14 @@ impl Undoing {
                 self.undone = Some(result.map_or_else(GuestLeft::Damaged, GuestLeft::As));
             }
             Input::TrackingStopped => self.tracking_stopped = true,
+            Input::Inventoried(now) => {
+                self.why = Why::Known;
+                let changed = shared.compare(&now);
+                self.reason = match changed {
+                    Some(changed) if blames_the_peer(&self.reason) => changed,
+                    _ => self.reason,
+                };
+            }
             Input::Journaled(Record::Kept) if self.keeping => return self.finish(shared),
             // Late facts of orders given before.
             _ => return State::Undoing(self),
@@ -134,6 +164,10 @@ impl Undoing {
                 self.undone = Some(GuestLeft::Damaged(failure.clone()));
                 self.advance(shared)
             }
+            Step::Inventory => {
+                self.why = Why::Known;
+                self.advance(shared)
+            }
             // Orders given before that fail because everything is being taken down.
             _ => State::Undoing(self),
         }
@@ -146,7 +180,7 @@ impl Undoing {
 
     fn advance(mut self, shared: &mut Shared) -> State {
         let is_put_back = self.undone.is_some() && self.tracking_stopped;
-        if is_put_back && !self.keeping {
+        if is_put_back && self.why == Why::Known && !self.keeping {
             self.keeping = true;
             shared.journal(Record::Kept);
         }

@@ -87,8 +87,22 @@ struct Shared {
     held: Option<Moment>,
     hold_ordered: bool,
     flush: Flush,
+    hardware: Hardware,
     link: Link,
     floor_told: bool,
+}
+
+/// Whether the hardware is known to be still what was offered.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hardware {
+    /// Nobody looks: the guest is not handed over yet.
+    Offered,
+    /// The guest is being handed over: it must be read again.
+    Due,
+    /// It is being read again.
+    Read,
+    /// It is the same, or that it is not has been told.
+    Same,
 }
 
 /// The flush of the guest's disk images.
@@ -129,6 +143,7 @@ impl Source {
             held: None,
             hold_ordered: false,
             flush: Flush::None,
+            hardware: Hardware::Offered,
             link: Link::Up,
             floor_told: false,
             config,

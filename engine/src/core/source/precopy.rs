@@ -3,7 +3,7 @@
 use ferry_stream::message::{Features, Message, Mode, Versions, Welcome};
 
 use super::round::{InFlight, Settled};
-use super::{Flush, Shared, State};
+use super::{Flush, Hardware, Shared, State};
 use crate::core::converge::Verdict;
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{Action, Input, Moment, Notice, Phase, Reason, Record};
@@ -260,6 +260,7 @@ impl Shared {
     /// Stops the guest with `dirty` still to send.
     fn stop(&mut self, dirty: PageSet) -> State {
         self.timeout = None;
+        self.hardware = Hardware::Due;
         self.actions.push_back(Action::Pause(PauseFor::Switchover));
         self.bound(self.config.limits.stopping);
         State::Stopping(super::Stopping { dirty })

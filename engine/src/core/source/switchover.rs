@@ -7,7 +7,7 @@
 use ferry_stream::message::{Message, Verdict};
 
 use super::round::{InFlight, Settled};
-use super::{Shared, State};
+use super::{Hardware, Shared, State};
 use crate::core::message::{Action, Input, Moment, Notice, Outcome, Reason, Record, run_order};
 use crate::core::pageset::PageSet;
 use crate::vmm::{Inventory, Rearm};
@@ -31,12 +31,11 @@ impl Shared {
     fn drain(&mut self, dirty: PageSet, stopped: Moment) -> State {
         self.meter.stopped(self.held.unwrap_or(stopped));
         self.send(Message::Paused);
-        self.actions.push_back(Action::Inventory);
+        self.actions.push_back(Action::Save);
         self.collect(Rearm::Yes);
         self.bound(self.config.limits.draining);
         State::Draining(Draining {
             left: Left::Collecting(dirty),
-            inventoried: false,
             saved: None,
         })
     }
@@ -46,7 +45,6 @@ impl Shared {
 /// and its device state is saved. When both are done, what the saving wrote is collected.
 pub(super) struct Draining {
     left: Left,
-    inventoried: bool,
     saved: Option<Saved>,
 }
 
@@ -72,10 +70,15 @@ enum Left {
 impl Draining {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
         match (input, &mut self.left) {
-            (Input::Inventoried(now), _) if !self.inventoried => return self.compare(shared, &now),
+            (Input::Inventoried(now), _) => {
+                if let Some(reason) = shared.compare(&now) {
+                    return shared.undo(reason);
+                }
+            }
             (Input::Saved { bytes, crc }, _) if self.saved.is_none() => {
                 self.saved = Some(Saved { bytes, crc });
                 shared.meter.state(bytes);
+                shared.read_hardware();
             }
             (Input::Collected { mut found }, Left::Collecting(before)) => {
                 found.union(before);
@@ -95,16 +98,6 @@ impl Draining {
             (input, _) => return shared.unexpected(State::Draining(self), &input),
         }
         self.advance(shared)
-    }
-
-    /// The hardware may have changed since it was offered, up to the pause and no later.
-    fn compare(mut self, shared: &mut Shared, now: &Inventory) -> State {
-        self.inventoried = true;
-        if let Some(what) = difference(&shared.inventory, now) {
-            return shared.undo(Reason::InventoryChanged { what });
-        }
-        shared.actions.push_back(Action::Save);
-        State::Draining(self)
     }
 
     fn advance(mut self, shared: &mut Shared) -> State {
@@ -136,6 +129,21 @@ impl Draining {
             in_flight: Some(in_flight),
             ready: false,
         })
+    }
+}
+
+impl Shared {
+    /// Orders the inventory, behind the save and not before it: the target loads meanwhile, and nobody
+    /// but the journal's "given" has to wait for it.
+    pub(super) fn read_hardware(&mut self) {
+        self.hardware = Hardware::Read;
+        self.actions.push_back(Action::Inventory);
+    }
+
+    /// The hardware may have changed since it was offered, up to the pause and no later.
+    pub(super) fn compare(&mut self, now: &Inventory) -> Option<Reason> {
+        self.hardware = Hardware::Same;
+        difference(&self.inventory, now).map(|what| Reason::InventoryChanged { what })
     }
 }
 
@@ -183,13 +191,19 @@ impl Offering {
         match input {
             // The target may be faster than our own lanes are to say that the round is out.
             Input::Received(Message::Ready) if !self.ready => self.ready = true,
+            Input::Inventoried(now) => {
+                if let Some(reason) = shared.compare(&now) {
+                    return shared.undo(reason);
+                }
+            }
             input => return shared.unexpected(State::Offering(self), &input),
         }
         self.give_when_ready(shared)
     }
 
     fn give_when_ready(self, shared: &mut Shared) -> State {
-        if !self.ready || self.in_flight.is_some() {
+        let is_complete = self.in_flight.is_none() && shared.hardware == Hardware::Same;
+        if !self.ready || !is_complete {
             return State::Offering(self);
         }
         shared.unbound();

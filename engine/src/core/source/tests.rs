@@ -136,15 +136,20 @@ fn a_message_at_the_wrong_time_ends_it_before_go_and_raises_the_question_after()
 }
 
 #[test]
-fn go_needs_ready_and_the_last_round_in_whichever_order() {
-    let mut bench = Bench::at(Phase::Offering);
-    assert_eq!(bench.tell(done(3, 1)), [""; 0]);
-    assert_eq!(bench.tell(Input::Received(Message::Ready)), [""; 0]);
-    assert_eq!(
-        bench.tell(sent(3, 6)),
-        ["journal Given"],
-        "our own lanes were slow to tell"
-    );
+fn go_needs_ready_and_the_last_round_and_the_same_hardware_in_whichever_order() {
+    let same = || Input::Inventoried(Box::new(inventory()));
+    let ready = || Input::Received(Message::Ready);
+    let orders: [[fn() -> Input; 4]; 3] = [
+        [|| done(3, 1), ready, same, || sent(3, 6)],
+        [same, || sent(3, 6), || done(3, 1), ready],
+        [ready, || sent(3, 6), || done(3, 1), same],
+    ];
+    for facts in orders {
+        let mut bench = Bench::at(Phase::Offering);
+        let told = facts.map(|fact| bench.tell(fact()));
+        assert_eq!(told[..3], [(); 3].map(|()| Vec::<String>::new()));
+        assert_eq!(told[3], ["journal Given"]);
+    }
 }
 
 #[test]
@@ -162,11 +167,35 @@ fn a_round_that_both_count_differently_ends_it() {
 
 #[test]
 fn hardware_that_changed_keeps_the_guest() {
+    for phase in [Phase::Draining, Phase::Offering] {
+        let mut bench = Bench::at(phase);
+        let orders = bench.tell(plugged());
+        gives_up(&bench, &orders);
+    }
+}
+
+#[test]
+fn a_target_that_cannot_load_what_was_plugged_is_not_to_blame() {
     let mut bench = Bench::at(Phase::Draining);
+    let (code, text) = (AbortCode::Vmm, "it cannot load".to_owned());
+    let orders = bench.tell(Input::Received(Message::Abort { code, text }));
+    gives_up(&bench, &orders);
+    let place = |what: &str| orders.iter().position(|order| order.starts_with(what));
+    assert!(place("Undo") < place("Inventory"), "the guest runs first");
+    bench.tell(Input::Undone(Ok(RunState::Running)));
+    assert_eq!(bench.tell(Input::TrackingStopped), [""; 0]);
+    assert_eq!(bench.tell(plugged()), ["journal Kept"]);
+    let end = bench.tell(Input::Journaled(Record::Kept));
+    assert_eq!(
+        end,
+        ["finish kept, Running: the guest's hardware changed during the move: disk1 was added"]
+    );
+}
+
+fn plugged() -> Input {
     let mut now = inventory();
     now.devices.push("disk1".into());
-    let orders = bench.tell(Input::Inventoried(Box::new(now)));
-    gives_up(&bench, &orders);
+    Input::Inventoried(Box::new(now))
 }
 
 #[test]
