@@ -24,13 +24,12 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt as _};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::stat::{FileStat, fstat, major, minor};
-use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, Statfs, TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
 use super::maps::{self, Device, Mapping};
@@ -39,6 +38,9 @@ use crate::core::layout::PAGE_SIZE;
 
 /// The unit in which `stat` tells what a file has allocated, whatever the file system's own.
 const STAT_BLOCK_BYTES: u64 = 512;
+
+/// What is told to have failed.
+const STATFS: &str = "fstatfs of guest RAM";
 
 /// What a [`RamFile`] is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +57,7 @@ pub struct RamFile {
     file: File,
     byte_len: u64,
     backing_page_bytes: u32,
+    is_tmpfs: bool,
 }
 
 impl RamFile {
@@ -93,11 +96,12 @@ impl RamFile {
             .metadata()
             .map_err(|error| Error::call("fstat of guest RAM", error))?
             .len();
-        let backing_page_bytes = backing_page_bytes(file.as_fd())?;
+        let file_system = fstatfs(&file).map_err(|error| Error::call(STATFS, error))?;
         Ok(Self {
             file,
             byte_len,
-            backing_page_bytes,
+            backing_page_bytes: backing_page_bytes(&file_system)?,
+            is_tmpfs: file_system.filesystem_type() == TMPFS_MAGIC,
         })
     }
 
@@ -114,6 +118,11 @@ impl RamFile {
     /// True when the file lies on hugetlbfs.
     pub fn is_hugetlb(&self) -> bool {
         self.backing_page_bytes as usize != PAGE_SIZE
+    }
+
+    /// True when the file lies on tmpfs, or is shared memory without a name.
+    pub fn is_tmpfs(&self) -> bool {
+        self.is_tmpfs
     }
 
     /// Reads exactly `into` from `offset`. Holes read as zeros and stay holes.
@@ -229,13 +238,11 @@ fn no_such_file(process: &Process, mapping: &Mapping) -> Error {
     }
 }
 
-fn backing_page_bytes(file: BorrowedFd<'_>) -> Result<u32, Error> {
-    let what = "fstatfs of guest RAM";
-    let stat = fstatfs(file).map_err(|error| Error::call(what, error))?;
-    let bytes = if stat.filesystem_type() == HUGETLBFS_MAGIC {
-        u32::try_from(stat.block_size()).map_err(|_| Error::call(what, Errno::EOVERFLOW))?
+fn backing_page_bytes(file_system: &Statfs) -> Result<u32, Error> {
+    let bytes = if file_system.filesystem_type() == HUGETLBFS_MAGIC {
+        u32::try_from(file_system.block_size()).ok()
     } else {
-        u32::try_from(PAGE_SIZE).map_err(|_| Error::call(what, Errno::EOVERFLOW))?
+        u32::try_from(PAGE_SIZE).ok()
     };
-    Ok(bytes)
+    bytes.ok_or_else(|| Error::call(STATFS, Errno::EOVERFLOW))
 }
