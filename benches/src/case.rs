@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 pub enum Wire {
     /// A loopback interface of its own.
     Loopback,
+    /// Whatever network is between two hosts.
+    Hosts,
     /// Two network namespaces, and between them a token bucket of this rate.
     Link {
         /// Its rate in Mbit a second.
@@ -249,22 +251,51 @@ impl Case {
         }
     }
 
-    /// A few small ones, for a run of a few minutes: what they tell is whether everything works.
-    pub fn quick() -> Vec<Self> {
-        let small = |case: Self| Self {
+    /// Those that mean something between two hosts, over the network that is there.
+    pub fn between_hosts() -> Vec<Self> {
+        let is_here = |case: &Self| {
+            let conditions = &case.conditions;
+            conditions.wire == Wire::Loopback
+                && conditions.equipment == Equipment::Bare
+                && case.field == Field::Everyone
+        };
+        let there = |case: Self| Self {
+            conditions: Conditions {
+                wire: Wire::Hosts,
+                ..case.conditions
+            },
+            ..case
+        };
+        Self::all().into_iter().filter(is_here).map(there).collect()
+    }
+
+    /// The user's own guest, of which nothing is known.
+    pub fn own(guest_mib: u64, downtime_limit_ms: u64, wire: Wire) -> Self {
+        Self::new(
+            "own",
+            "a guest of one's own; figures from QEMU's events",
+            Conditions {
+                wire,
+                guest_mib,
+                data_mib: guest_mib,
+                downtime_limit_ms,
+                ..Conditions::PLAIN
+            },
+        )
+    }
+
+    /// Of these, a few, and small, for a run of a few minutes: what they tell is whether everything works.
+    pub fn quick(all: &[Self]) -> Vec<Self> {
+        let small = |case: &Self| Self {
             conditions: Conditions {
                 guest_mib: 512,
                 data_mib: 128,
                 ..case.conditions
             },
             ferry_moves: 1,
-            ..case
+            ..*case
         };
-        let is_quick = |case: &Self| ["writes", "link-text", "blackout"].contains(&case.name);
-        Self::all()
-            .into_iter()
-            .filter(is_quick)
-            .map(small)
-            .collect()
+        let is_quick = |case: &&Self| ["writes", "link-text", "blackout"].contains(&case.name);
+        all.iter().filter(is_quick).map(small).collect()
     }
 }

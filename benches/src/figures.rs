@@ -26,6 +26,23 @@ pub struct Move {
     pub total_ms: f64,
     /// From the last progress at the source to the first at the target, in ms.
     pub blackout_ms: f64,
+    /// By how much the two may be wrong because two hosts have two clocks, in ms.
+    pub clock_error_ms: f64,
+    /// Bytes on the wire, both directions, by the interface's counters.
+    pub wire_bytes: u64,
+    /// CPU time at the source.
+    pub source: Cpu,
+    /// CPU time at the target.
+    pub target: Cpu,
+    /// What only Ferry's engines have.
+    pub engine: Option<EngineFigures>,
+    /// What only a guest that counts and verifies can tell.
+    pub guest: Option<GuestFigures>,
+}
+
+/// What the testbed's own guest tells of a move.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct GuestFigures {
     /// The longest time without progress while the guest was watched, in ms.
     pub stall_ms: f64,
     /// Time with less than half of the normal progress, in ms.
@@ -35,18 +52,27 @@ pub struct Move {
     pub lost_s: f64,
     /// The longest pause of the probe itself, in ms.
     pub resolution_ms: f64,
-    /// Bytes on the wire, both directions, by the interface's counters.
-    pub wire_bytes: u64,
-    /// CPU time at the source.
-    pub source: Cpu,
-    /// CPU time at the target.
-    pub target: Cpu,
-    /// What only Ferry's engines have.
-    pub engine: Option<EngineFigures>,
     /// Pages and disk blocks that the guest found bad.
     pub bad: u64,
     /// The guest's progress through the move.
     pub curve: Curve,
+}
+
+impl Move {
+    /// A figure of the guest's; not a number where it has none to tell.
+    pub fn of_guest(&self, of: impl FnOnce(&GuestFigures) -> f64) -> f64 {
+        self.guest.as_ref().map_or(f64::NAN, of)
+    }
+
+    /// Seconds of normal running lost.
+    pub fn lost_s(&self) -> f64 {
+        self.of_guest(|guest| guest.lost_s)
+    }
+
+    /// Pages and disk blocks found bad.
+    pub fn bad(&self) -> u64 {
+        self.guest.as_ref().map_or(0, |guest| guest.bad)
+    }
 }
 
 /// What is known of Ferry's two processes.
@@ -162,8 +188,10 @@ impl CaseFigures {
 /// Everything that one run of the comparison has brought.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Figures {
-    /// The machine.
+    /// The machine, or the source's.
     pub host: crate::host::Host,
+    /// The target's, where that is another.
+    pub target_host: Option<crate::host::Host>,
     /// Moves by each way.
     pub runs: usize,
     /// Whether the cases were the small ones.
@@ -207,9 +235,9 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of some values; nothing of none.
+    /// Of some values; nothing of none. What is not a number does not count.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
-        let mut values: Vec<f64> = values.into_iter().collect();
+        let mut values: Vec<f64> = values.into_iter().filter(|value| !value.is_nan()).collect();
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
         let middle = values.len() / 2;

@@ -67,7 +67,7 @@ pub fn missed(figures: &Figures) -> Vec<String> {
     }
     for case in &figures.cases {
         for series in case.series.iter().filter(|series| series.peer.is_ferry()) {
-            let bad: u64 = series.moves.iter().map(|run| run.bad).sum();
+            let bad: u64 = series.moves.iter().map(Move::bad).sum();
             if bad > 0 {
                 missed.push(format!("{}: {}: {bad} bad pages", case.name, series.peer));
             }
@@ -147,8 +147,8 @@ pub const WIRE: Measure = Measure {
 pub const LOST: Measure = Measure {
     name: "lost",
     what: "progress lost, ratio to QEMU's best",
-    of: |run| run.lost_s,
-    best_by: |run| run.lost_s,
+    of: Move::lost_s,
+    best_by: Move::lost_s,
 };
 
 /// The blackout, against QEMU's shortest.

@@ -40,8 +40,19 @@
 //! The *empty switchover* is QEMU's own migration between two QEMUs on the very same RAM files with
 //! `x-ignore-shared`: stop, save the device state, load it, run. Nothing is copied and no engine is
 //! involved; what remains is what QEMU needs itself.
+//!
+//! # Two hosts, and a guest of one's own
+//!
+//! With `--target-host` the guest boots here and moves to a host that is reached over ssh, where a
+//! second process of this program (`--serve`) starts the target and watches the arrival by its own
+//! clock. How far the two clocks are apart is measured over the ssh connection around each move, and the
+//! error of that stands beside the figures ([`hosts`]).
+//!
+//! A guest of the user's own (`--image`, `--qemu-args`) does not count for us: its blackout is the time
+//! from QEMU's event `STOP` to `RESUME`, and there is no progress, no verification.
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod baseline;
 pub mod case;
 pub mod clean_round;
@@ -49,10 +60,13 @@ pub mod cost;
 pub mod course;
 pub mod csv;
 pub mod figures;
+pub mod guest;
 pub mod hold;
 pub mod host;
+pub mod hosts;
 pub mod html;
 pub mod matrix;
 pub mod peer;
 pub mod table;
+pub mod watch;
 pub mod way;

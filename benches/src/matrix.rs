@@ -10,9 +10,11 @@ use ferry_testbed::{TestbedError, ferry_binary};
 
 use crate::case::{Case, Conditions, Field};
 use crate::clean_round;
-use crate::course::Course;
+use crate::course::{Carry, Course};
 use crate::figures::{CaseFigures, Figures, Series, mib};
+use crate::guest::{Guest, Own};
 use crate::host::{Host, memory_mib};
+use crate::hosts::{self, Pair, There};
 use crate::peer::{Memory, Peer};
 
 /// What a machine needs besides guest RAM, and what is left to others.
@@ -32,6 +34,10 @@ pub struct Plan {
     pub peers: Option<Vec<Peer>>,
     /// Moves by each way.
     pub runs: usize,
+    /// The target's host, where that is another.
+    pub there: Option<There>,
+    /// The user's own guest, in place of the testbed's.
+    pub own: Option<Own>,
 }
 
 /// Whose guest it is: Ferry's or QEMU's.
@@ -42,13 +48,6 @@ struct Camp {
 }
 
 impl Camp {
-    fn of(peer: Peer, memory: Memory) -> Self {
-        Self {
-            is_qemu: peer.is_qemu(),
-            memory,
-        }
-    }
-
     /// What its guest may take at rest, and again at its target, in MiB.
     fn needs_mib(self, conditions: &Conditions) -> u64 {
         // QEMU reads all of a guest's RAM, and to read a hole of a file is to allocate it.
@@ -67,6 +66,7 @@ impl Plan {
     pub fn measure(&self) -> Result<Figures, TestbedError> {
         let mut figures = Figures {
             host: Host::here()?,
+            target_host: self.there.as_ref().map(hosts::describe).transpose()?,
             runs: self.runs,
             quick: self.quick,
             cases: Vec::new(),
@@ -78,8 +78,10 @@ impl Plan {
                 .peers_of(case)
                 .into_iter()
                 .filter(|peer| has_lanes || !matches!(peer, Peer::FerryOver { .. }));
-            let mut measuring = Measuring::new(case, peers);
-            measuring.leave_out_what_does_not_fit(&mut figures.left_out);
+            let mut measuring = Measuring::new(self, case, peers);
+            if self.there.is_none() {
+                measuring.leave_out_what_does_not_fit(&mut figures.left_out);
+            }
             figures.cases.push(measuring.measure(self.runs)?);
         }
         if !has_lanes {
@@ -105,15 +107,21 @@ impl Plan {
 
 /// A case under way.
 struct Measuring<'a> {
+    plan: &'a Plan,
     case: &'a Case,
     series: Vec<Series>,
-    courses: Vec<(Camp, Course)>,
+    courses: Vec<(Camp, Box<dyn Carry>)>,
 }
 
 impl<'a> Measuring<'a> {
-    fn new(case: &'a Case, peers: impl Iterator<Item = Peer>) -> Self {
+    fn new(plan: &'a Plan, case: &'a Case, peers: impl Iterator<Item = Peer>) -> Self {
+        // One guest for all: no two QEMUs may run on the user's image.
+        let memories = |peer: Peer| match plan.own {
+            Some(_) => &[Memory::SharedFile],
+            None => peer.memories(),
+        };
         let series = |peer: Peer| {
-            peer.memories().iter().map(move |&memory| Series {
+            memories(peer).iter().map(move |&memory| Series {
                 peer,
                 memory,
                 moves: Vec::new(),
@@ -121,10 +129,30 @@ impl<'a> Measuring<'a> {
             })
         };
         Self {
+            plan,
             case,
             series: peers.flat_map(series).collect(),
             courses: Vec::new(),
         }
+    }
+
+    fn camp(&self, series: &Series) -> Camp {
+        Camp {
+            is_qemu: series.peer.is_qemu() && self.plan.own.is_none(),
+            memory: series.memory,
+        }
+    }
+
+    fn course(&self, memory: Memory) -> Result<Box<dyn Carry>, TestbedError> {
+        let guest = Guest {
+            conditions: self.case.conditions,
+            memory,
+            own: self.plan.own.clone(),
+        };
+        Ok(match &self.plan.there {
+            None => Box::new(Course::begin(guest)?),
+            Some(there) => Box::new(Pair::connect(guest, there.clone())?),
+        })
     }
 
     /// Drops the camp that needs most until the rest fits into this machine's memory.
@@ -144,15 +172,16 @@ impl<'a> Measuring<'a> {
                 "{}: QEMU's ways or Ferry's with {} memory: {needed} MiB of RAM needed, {there} available",
                 self.case.name, greatest.memory
             ));
-            self.series
-                .retain(|series| Camp::of(series.peer, series.memory) != greatest);
+            let mut series = std::mem::take(&mut self.series);
+            series.retain(|series| self.camp(series) != greatest);
+            self.series = series;
         }
     }
 
     fn camps(&self) -> Vec<Camp> {
         let mut camps = Vec::new();
         for series in &self.series {
-            let camp = Camp::of(series.peer, series.memory);
+            let camp = self.camp(series);
             if !camps.contains(&camp) {
                 camps.push(camp);
             }
@@ -177,7 +206,8 @@ impl<'a> Measuring<'a> {
         }
         let ours = self.courses.iter().find(|(camp, _)| !camp.is_qemu);
         let clean_round_ms_per_gib = ours
-            .map(|(_, course)| clean_round::measure(course.here()))
+            .and_then(|(_, course)| course.resting())
+            .map(clean_round::measure)
             .transpose()?;
         Ok(CaseFigures {
             name: self.case.name.to_owned(),
@@ -191,12 +221,12 @@ impl<'a> Measuring<'a> {
     /// One move. One that fails ends its guest and is noted; the next begins with a fresh one.
     fn carry(&mut self, at: usize) -> Result<(), TestbedError> {
         let (peer, memory) = (self.series[at].peer, self.series[at].memory);
-        let camp = Camp::of(peer, memory);
+        let camp = self.camp(&self.series[at]);
         let place = self.courses.iter().position(|(of, _)| *of == camp);
         let place = if let Some(place) = place {
             place
         } else {
-            let course = Course::begin(self.case.conditions, memory)?;
+            let course = self.course(memory)?;
             self.courses.push((camp, course));
             self.courses.len() - 1
         };

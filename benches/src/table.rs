@@ -25,12 +25,12 @@ const COLUMNS: [Column; 6] = [
     Column {
         name: "brown-out ms",
         digits: 0,
-        of: |run| run.brownout_ms,
+        of: |run| run.of_guest(|guest| guest.brownout_ms),
     },
     Column {
         name: "lost s",
         digits: 2,
-        of: |run| run.lost_s,
+        of: Move::lost_s,
     },
     Column {
         name: "wire MiB",
@@ -74,13 +74,16 @@ fn add_case(text: &mut String, case: &CaseFigures) {
 fn add_series(text: &mut String, series: &Series) {
     _ = write!(text, "{:<22}", series.label());
     for Column { digits, of, .. } in COLUMNS {
-        let cell = series.spread(of).map_or_else(String::new, |spread| {
-            let number = |value: f64| format!("{value:.digits$}");
-            let [median, min, max] = [spread.median, spread.min, spread.max].map(number);
-            format!("{median} ({min} – {max})")
-        });
+        let cell = series.spread(of).map_or_else(
+            || "-".into(),
+            |spread| {
+                let number = |value: f64| format!("{value:.digits$}");
+                let [median, min, max] = [spread.median, spread.min, spread.max].map(number);
+                format!("{median} ({min} – {max})")
+            },
+        );
         _ = write!(text, "{cell:>23}");
     }
-    let bad: u64 = series.moves.iter().map(|run| run.bad).sum();
+    let bad: u64 = series.moves.iter().map(Move::bad).sum();
     _ = writeln!(text, "{bad:>5}{:>7}", series.failures.len());
 }

@@ -5,10 +5,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ferry_testbed::{End, Ferry, Link, Qemu, TestbedError, wait_until};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::cost::{Engine, Used};
+use crate::guest::failed;
 use crate::peer::{Compression, Peer};
+use crate::watch::now_since_epoch;
 
 /// How long one move may take.
 const BOUND: Duration = Duration::from_secs(300);
@@ -17,138 +19,184 @@ const BOUND: Duration = Duration::from_secs(300);
 const UNLIMITED_BYTES_PER_S: i64 = i64::MAX;
 
 /// Between two questions about QEMU's state: QEMU reads each question a byte at a time in the thread
-/// that also loads the guest, and the figures come from the probe.
+/// that also serves the guest, and the figures come from the probe.
 const QUESTION_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Two QEMUs and what lies between them.
+/// Where a side is in the network.
 #[derive(Clone, Copy)]
-pub struct Road<'a> {
+pub enum Place<'a> {
+    /// At an end of a link on this machine.
+    Link(&'a Link, End),
+    /// On this machine as it is.
+    Host,
+}
+
+impl Place<'_> {
+    /// Runs `work` there: processes and sockets made there belong to it.
+    fn on<T: Send>(self, work: impl FnOnce() -> T + Send) -> Result<T, TestbedError> {
+        match self {
+            Self::Link(link, end) => link.on(end, work),
+            Self::Host => Ok(work()),
+        }
+    }
+
+    /// Starts a machine there.
+    pub fn start(self, machine: &ferry_testbed::Machine) -> Result<Qemu, TestbedError> {
+        self.on(|| machine.start())?
+    }
+
+    /// The address to listen on.
+    fn listens(self) -> String {
+        match self {
+            Self::Link(link, end) => link.address(end).to_string(),
+            // From which of its addresses the other host comes is its own matter.
+            Self::Host => "0.0.0.0".into(),
+        }
+    }
+}
+
+/// A target that waits, however it does.
+pub struct Waiting {
+    /// Where, as the client wants it.
+    pub uri: String,
+    /// `ferry receive`, where it is Ferry that waits.
+    pub receive: Option<Engine>,
+}
+
+/// Makes `target` wait for a guest: before the clock starts, for every way.
+pub fn wait(peer: Peer, target: &Qemu, place: Place<'_>) -> Result<Waiting, TestbedError> {
+    let address = place.listens();
+    if peer.is_ferry() {
+        let listen = format!("{address}:0");
+        let args = ["--insecure", "--listen", &listen];
+        let (receive, uri) = place.on(|| Ferry::receive(target, &args))??;
+        let receive = Some(Engine::watch(receive));
+        return Ok(Waiting { uri, receive });
+    }
+    prepare(peer, target)?;
+    let listen = match peer {
+        Peer::Switchover => unix_uri(target.folder()),
+        _ => format!("tcp:{address}:0"),
+    };
+    target.execute("migrate-incoming", &json!({ "uri": listen }))?;
+    let uri = if peer == Peer::Switchover {
+        listen
+    } else {
+        wait_until("the target listens", BOUND, || {
+            let migration = target.execute("query-migrate", &json!({})).ok()?;
+            let port = migration["socket-address"][0]["port"].as_str()?.to_owned();
+            Some(format!("tcp:{address}:{port}"))
+        })?
+    };
+    Ok(Waiting { uri, receive: None })
+}
+
+/// The moment at which the client was started, by both clocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Began {
+    /// By the clock that never jumps.
+    pub at: Instant,
+    /// By the clock that QEMU's events have.
+    since_epoch: Duration,
+}
+
+impl Began {
+    fn now() -> Self {
+        Self {
+            at: Instant::now(),
+            since_epoch: now_since_epoch(),
+        }
+    }
+
+    /// By the wall clock.
+    pub fn since_epoch(&self) -> Duration {
+        self.since_epoch
+    }
+}
+
+/// A source whose guest has gone.
+pub struct Gone {
+    /// When the client was started.
+    pub began: Began,
+    /// What Ferry's engine used.
+    pub engine: Option<Used>,
+}
+
+/// A source and where it goes.
+#[derive(Clone, Copy)]
+pub struct Departure<'a> {
     /// Where the guest is.
     pub source: &'a Qemu,
-    /// Where it goes.
-    pub target: &'a Qemu,
-    /// What is between.
-    pub link: &'a Link,
-    /// At which of its ends the source is.
-    pub end: End,
+    /// Where that is.
+    pub place: Place<'a>,
     /// The downtime limit.
     pub limit: Duration,
 }
 
-/// A target that waits, however it does.
-pub enum Waiting {
-    /// QEMU itself, there.
-    Qemu {
-        /// Its address as QEMU writes it.
-        uri: String,
-    },
-    /// `ferry receive`.
-    Ferry {
-        /// Its address.
-        uri: String,
-        /// The command.
-        receive: Engine,
-    },
-}
-
-/// A move that is over.
-pub struct Gone {
-    /// When the client was started.
-    pub began: Instant,
-    /// What Ferry's engines used, source and target.
-    pub engines: Option<[Used; 2]>,
-}
-
-impl Road<'_> {
-    /// Makes the target wait for a guest: before the clock starts, for every way.
-    pub fn wait(&self, peer: Peer) -> Result<Waiting, TestbedError> {
-        let address = self.link.address(self.end.other());
+impl Departure<'_> {
+    /// Puts the source's settings right: before the clock starts.
+    pub fn prepare(&self, peer: Peer) -> Result<(), TestbedError> {
         if peer.is_ferry() {
-            let listen = format!("{address}:0");
-            let args = ["--insecure", "--listen", &listen];
-            let receive = || Ferry::receive(self.target, &args);
-            let (receive, uri) = self.link.on(self.end.other(), receive)??;
-            let receive = Engine::watch(receive);
-            return Ok(Waiting::Ferry { uri, receive });
+            return Ok(());
         }
-        for qemu in [self.source, self.target] {
-            prepare(peer, qemu)?;
-        }
-        if peer == Peer::Switchover {
-            let uri = unix_uri(self.target.folder());
-            self.incoming(&uri)?;
-            return Ok(Waiting::Qemu { uri });
-        }
-        self.incoming(&format!("tcp:{address}:0"))?;
-        let uri = wait_until("the target listens", BOUND, || {
-            let migration = self.target.execute("query-migrate", &json!({})).ok()?;
-            let port = migration["socket-address"][0]["port"].as_str()?.to_owned();
-            Some(format!("tcp:{address}:{port}"))
-        })?;
-        Ok(Waiting::Qemu { uri })
+        prepare(peer, self.source)?;
+        let limit_ms = u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX);
+        let parameters = json!({
+            "max-bandwidth": UNLIMITED_BYTES_PER_S,
+            "downtime-limit": limit_ms,
+        });
+        let set = self.source.execute("migrate-set-parameters", &parameters);
+        set.map(drop)
     }
 
-    fn incoming(&self, uri: &str) -> Result<Value, TestbedError> {
-        let arguments = json!({ "uri": uri });
-        self.target.execute("migrate-incoming", &arguments)
-    }
-
-    /// Moves the guest, live.
-    pub fn go(&self, peer: Peer, waiting: Waiting) -> Result<Gone, TestbedError> {
-        match waiting {
-            Waiting::Qemu { uri } => self.go_by_qemu(&uri),
-            Waiting::Ferry { uri, receive } => self.go_by_ferry(peer, &uri, receive),
+    /// Moves the guest to `uri`, live.
+    pub fn go(&self, peer: Peer, uri: &str) -> Result<Gone, TestbedError> {
+        if peer.is_ferry() {
+            self.go_by_ferry(peer, uri)
+        } else {
+            self.go_by_qemu(uri)
         }
     }
 
-    fn go_by_ferry(&self, peer: Peer, uri: &str, receive: Engine) -> Result<Gone, TestbedError> {
+    fn go_by_ferry(&self, peer: Peer, uri: &str) -> Result<Gone, TestbedError> {
         let limit_ms = self.limit.as_millis().to_string();
         // A QEMU that ends takes CPU time away from the guest; QEMU's own migration leaves its own.
         let mut args = vec!["--live", "--insecure", "--keep-source"];
         args.extend(["--max-downtime", &limit_ms]);
         let lanes = lanes(peer);
         args.extend(lanes.iter().map(String::as_str));
-        let began = Instant::now();
-        let migrate = || Ferry::migrate(self.source, uri, &args);
-        let migrate = Engine::watch(self.link.on(self.end, migrate)??);
-        let source = migrate.finish(BOUND)?;
-        let target = receive.finish(BOUND)?;
-        if source.ended.code() == 0 {
-            return Ok(Gone {
-                began,
-                engines: Some([source, target]),
-            });
+        let began = Began::now();
+        let migrate = self
+            .place
+            .on(|| Ferry::migrate(self.source, uri, &args))??;
+        let used = Engine::watch(migrate).finish(BOUND)?;
+        if used.ended.code() != 0 {
+            return Err(failed("ferry migrate", &used.ended.stderr));
         }
-        Err(TestbedError::Program {
-            program: "ferry migrate".into(),
-            log: source.ended.stderr + &target.ended.stderr,
+        Ok(Gone {
+            began,
+            engine: Some(used),
         })
     }
 
     fn go_by_qemu(&self, uri: &str) -> Result<Gone, TestbedError> {
-        let limit_ms = u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX);
-        let parameters = json!({
-            "max-bandwidth": UNLIMITED_BYTES_PER_S,
-            "downtime-limit": limit_ms,
-        });
-        self.source.execute("migrate-set-parameters", &parameters)?;
-        let began = Instant::now();
+        let began = Began::now();
         let arguments = json!({ "uri": uri });
         self.source.execute("migrate", &arguments)?;
-        while self.target.run_state()? != "running" {
+        loop {
             let answer = self.source.execute("query-migrate", &json!({}))?;
-            if answer["status"] == "failed" || began.elapsed() > BOUND {
-                return Err(TestbedError::Program {
-                    program: "QEMU's migration".into(),
-                    log: answer.to_string() + &self.source.log() + &self.target.log(),
+            if answer["status"] == "completed" {
+                return Ok(Gone {
+                    began,
+                    engine: None,
                 });
+            }
+            if answer["status"] == "failed" || began.at.elapsed() > BOUND {
+                let log = answer.to_string() + &self.source.log();
+                return Err(failed("QEMU's migration", &log));
             }
             thread::sleep(QUESTION_INTERVAL);
         }
-        Ok(Gone {
-            began,
-            engines: None,
-        })
     }
 }
 

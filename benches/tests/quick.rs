@@ -18,19 +18,20 @@ fn told(output: &Output) -> String {
     format!("{out}{err}")
 }
 
-fn plausible(run: &Move, data_mib: u64, limit: &str) {
-    assert_eq!(run.bad, 0, "{limit}");
+fn plausible(run: &Move, data_mib: u64, way: &str) {
+    let guest = run.guest.as_ref().unwrap();
+    assert_eq!(guest.bad, 0, "{way}");
     assert!(
         run.total_ms > run.blackout_ms && run.blackout_ms > 0.0,
         "{run:?}"
     );
-    assert!(run.stall_ms >= run.blackout_ms, "{run:?}");
+    assert!(guest.stall_ms >= run.blackout_ms, "{run:?}");
     // Random bytes: nothing can make them fewer.
     assert!(run.wire_bytes >= data_mib << 20, "{run:?}");
     for cpu in [run.source, run.target] {
         assert!(cpu.migration_s > 0.0 && cpu.guest_s > 0.0, "{run:?}");
     }
-    let curve = &run.curve;
+    let curve = &guest.curve;
     let steps = u32::try_from(curve.done_s.len()).unwrap();
     let spans_the_move = curve.step_ms * f64::from(steps) > run.total_ms;
     assert!(spans_the_move, "{run:?}");

@@ -41,7 +41,7 @@ pub use disk::{Disk, DiskFormat};
 pub use error::TestbedError;
 pub use ferry::{Ended, Ferry, ferry_binary};
 pub use fields::Field;
-pub use link::{End, Link};
+pub use link::{End, Link, interface_bytes};
 pub use linux::{Content, Linux, Pattern, Sweep};
 pub use machine::{Accel, Backing, Device, Machine, Populate};
 pub use monitor::Monitor;

@@ -155,26 +155,9 @@ impl Link {
     /// Bytes that the wire has carried so far, both directions together, by the counters of its
     /// interface. Packets that the kernel carries as one count one header.
     pub fn carried_bytes(&self) -> Result<u64, TestbedError> {
-        let path = "/proc/thread-self/net/dev";
-        let table = self.on(End::Source, || std::fs::read_to_string(path))?;
-        let table = table.map_err(TestbedError::io(path))?;
         let interface = self.interface(End::Source);
-        let fields = |line: &str| -> Option<(u64, u64)> {
-            let (name, counters) = line.split_once(':')?;
-            let mut counters = (name.trim() == interface).then(|| counters.split_whitespace())?;
-            let received = counters.next()?.parse().ok()?;
-            // Bytes sent come after the eight counters of what was received.
-            let sent = counters.nth(SENT_AFTER)?.parse().ok()?;
-            Some((received, sent))
-        };
-        let (received, sent) =
-            table
-                .lines()
-                .find_map(fields)
-                .ok_or_else(|| TestbedError::Program {
-                    program: path.into(),
-                    log: format!("no {interface} in {table}"),
-                })?;
+        let counted = self.on(End::Source, || interface_bytes(&interface))?;
+        let (received, sent) = counted?;
         Ok(match self.wire {
             // What loopback sends it receives.
             Wire::Loop => sent,
@@ -222,6 +205,25 @@ impl Link {
             Wire::Rate { .. } => self.namespace(end),
         }
     }
+}
+
+/// Bytes that an interface of this thread's host has received and sent so far.
+pub fn interface_bytes(interface: &str) -> Result<(u64, u64), TestbedError> {
+    let path = "/proc/thread-self/net/dev";
+    let table = std::fs::read_to_string(path).map_err(TestbedError::io(path))?;
+    let fields = |line: &str| -> Option<(u64, u64)> {
+        let (name, counters) = line.split_once(':')?;
+        let mut counters = (name.trim() == interface).then(|| counters.split_whitespace())?;
+        let received = counters.next()?.parse().ok()?;
+        // Bytes sent come after the eight counters of what was received.
+        let sent = counters.nth(SENT_AFTER)?.parse().ok()?;
+        Some((received, sent))
+    };
+    let found = table.lines().find_map(fields);
+    found.ok_or_else(|| TestbedError::Program {
+        program: path.into(),
+        log: format!("no {interface} in {table}"),
+    })
 }
 
 impl Drop for Link {

@@ -166,6 +166,36 @@ fn evaluate(started: Instant, samples: &[Sample]) -> Seen {
 }
 
 impl Seen {
+    /// What two probes saw together, one at each side, each of its own counter: times count from
+    /// `started` by one clock.
+    pub fn of_both(
+        started: Instant,
+        source: &[(Duration, u64)],
+        target: &[(Duration, u64)],
+    ) -> Self {
+        let source = source.iter().map(|&(at, steps)| (at, Some(steps), None));
+        let target = target.iter().map(|&(at, steps)| (at, None, Some(steps)));
+        let mut looks: Vec<_> = source.chain(target).collect();
+        looks.sort_by_key(|&(at, ..)| at);
+        let mut last = Sample {
+            at: Duration::ZERO,
+            source: 0,
+            target: 0,
+        };
+        let samples: Vec<Sample> = looks
+            .into_iter()
+            .map(|(at, source, target)| {
+                last = Sample {
+                    at,
+                    source: source.unwrap_or(last.source),
+                    target: target.unwrap_or(last.target),
+                };
+                last
+            })
+            .collect();
+        evaluate(started, &samples)
+    }
+
     /// What the guest has counted up to a moment, between two samples in proportion.
     pub fn steps_at(&self, at: Duration) -> f64 {
         let after = self.progress.partition_point(|&(when, _)| when < at);
@@ -334,6 +364,19 @@ mod tests {
         assert_eq!(
             seen.longest_stall_between(ms(400), ms(700)),
             (ms(500), ms(30))
+        );
+    }
+
+    #[test]
+    fn two_probes_see_what_one_does() {
+        let samples = moved();
+        let source: Vec<_> = samples.iter().map(|it| (it.at, it.source)).collect();
+        let target: Vec<_> = samples.iter().map(|it| (it.at, it.target)).collect();
+        let one = evaluate(Instant::now(), &samples);
+        let both = Seen::of_both(Instant::now(), &source, &target);
+        assert_eq!(
+            (both.blackout_at, both.blackout, both.moved_at),
+            (one.blackout_at, one.blackout, one.moved_at)
         );
     }
 

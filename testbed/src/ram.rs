@@ -192,11 +192,11 @@ impl Ram {
         Ok(newest.map(|(page, _)| page))
     }
 
-    /// The status page, when it is known to be page `number`.
-    pub(crate) fn status_at(&self, number: u64) -> StatusPage {
+    /// The status page, when it is known to be at `offset`.
+    pub fn status_at(&self, offset: u64) -> StatusPage {
         StatusPage {
             ram: self.clone(),
-            offset: number * PAGE_SIZE as u64,
+            offset,
         }
     }
 

@@ -202,7 +202,7 @@ impl Control {
             .len(WINDOW_BYTES)
             .map_raw(&file)
             .map_err(TestbedError::io("map guest RAM"))?;
-        let status = ram.status_at(STATUS_PAGE);
+        let status = ram.status_at(STATUS_PAGE * PAGE_SIZE as u64);
         wait_until("the bare-metal guest is ready", bound, || {
             match status.value(Field::Filled) {
                 Ok(0) => None,

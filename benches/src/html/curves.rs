@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{Kind, escaped};
-use crate::figures::{CaseFigures, Move, Series, number};
+use crate::figures::{CaseFigures, Curve, Move, Series, number};
 
 const WIDTH: f64 = 960.0;
 const PANEL: f64 = 46.0;
@@ -19,14 +19,17 @@ const MARKS: f64 = 8.0;
 
 /// All panels of a case.
 pub(super) fn svg(case: &CaseFigures) -> String {
-    let shown: Vec<(&Series, &Move)> = case
+    let shown: Vec<(&Series, (&Move, &Curve))> = case
         .series
         .iter()
         .filter_map(|series| Some((series, typical(series)?)))
         .collect();
-    let from_ms = shown.iter().map(|(_, run)| run.curve.from_ms);
+    let from_ms = shown.iter().map(|(_, (_, curve))| curve.from_ms);
     let from_ms = from_ms.fold(0.0, f64::min);
-    let to_ms = shown.iter().map(|(_, run)| end_ms(run)).fold(1.0, f64::max);
+    let to_ms = shown
+        .iter()
+        .map(|(_, (_, curve))| end_ms(curve))
+        .fold(1.0, f64::max);
     let x = move |ms: f64| LEFT + (ms - from_ms) / (to_ms - from_ms) * (RIGHT - LEFT);
     let foot = GAP + (PANEL + GAP) * number(shown.len() as u64);
     let mut svg = format!(
@@ -45,15 +48,19 @@ pub(super) fn svg(case: &CaseFigures) -> String {
 }
 
 /// The move with the median total.
-fn typical(series: &Series) -> Option<&Move> {
-    let mut moves: Vec<&Move> = series.moves.iter().collect();
+fn typical(series: &Series) -> Option<(&Move, &Curve)> {
+    let mut moves: Vec<&Move> = series
+        .moves
+        .iter()
+        .filter(|run| run.guest.is_some())
+        .collect();
     moves.sort_by(|one, other| one.total_ms.total_cmp(&other.total_ms));
-    moves.get(moves.len().checked_sub(1)? / 2).copied()
+    let run = moves.get(moves.len().checked_sub(1)? / 2)?;
+    Some((run, &run.guest.as_ref()?.curve))
 }
 
-fn end_ms(run: &Move) -> f64 {
-    let steps = number(run.curve.done_s.len() as u64);
-    run.curve.from_ms + steps * run.curve.step_ms
+fn end_ms(curve: &Curve) -> f64 {
+    curve.from_ms + number(curve.done_s.len() as u64) * curve.step_ms
 }
 
 fn add_panel(
@@ -61,7 +68,7 @@ fn add_panel(
     top: f64,
     label: &str,
     class: &str,
-    run: &Move,
+    (run, curve): (&Move, &Curve),
     x: impl Fn(f64) -> f64,
 ) {
     let bottom = top + PANEL;
@@ -80,7 +87,6 @@ fn add_panel(
         x(begin),
         (x(run.total_ms) - x(begin)).max(0.5)
     );
-    let curve = &run.curve;
     let mut at = curve.from_ms;
     let mut path = format!("M{:.1} {bottom:.1}", x(at));
     for pair in curve.done_s.windows(2) {

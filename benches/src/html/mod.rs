@@ -83,6 +83,16 @@ fn add_host(page: &mut String, figures: &Figures) {
     ];
     let facts = facts.map(|fact| escaped(&fact)).join(" · ");
     _ = writeln!(page, "<p>{facts}</p>");
+    if let Some(host) = &figures.target_host {
+        _ = writeln!(
+            page,
+            "<p>To a host with {} × {}, Linux {}. Two hosts have two clocks: by how much totals and \
+             blackouts may be wrong stands in the JSON as clock_error_ms.</p>",
+            host.cpus,
+            escaped(&host.cpu),
+            escaped(&host.kernel)
+        );
+    }
     if figures.quick {
         page.push_str(
             "<p class=\"note\">A quick run: small guests, few moves. What must hold is told of the \
@@ -132,7 +142,7 @@ fn add_case(page: &mut String, case: &CaseFigures) {
         ("Total, ms", None, (|run| run.total_ms) as fn(&Move) -> f64),
         ("Blackout, ms", Some(limit_ms), |run| run.blackout_ms),
         ("On the wire, MiB", None, |run| mib(run.wire_bytes)),
-        ("Progress lost, s of normal running", None, |run| run.lost_s),
+        ("Progress lost, s of normal running", None, Move::lost_s),
     ];
     for (title, limit, of) in charts {
         let bars = bars::Chart { title, limit, of };
