@@ -241,6 +241,7 @@ impl Driver {
                 self.vm.order(Step::Pause, move |vm| {
                     vm.guest.pause(why).map(|stopped| Input::Paused {
                         at: clock.moment(stopped.at),
+                        drained: clock.moment(stopped.drained_at),
                     })
                 });
             }

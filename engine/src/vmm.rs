@@ -219,6 +219,8 @@ pub struct Inventory {
 pub struct Stopped {
     /// The moment from which no vCPU ran: the start of the blackout.
     pub at: Instant,
+    /// The moment from which all I/O had landed, and the disks were flushed.
+    pub drained_at: Instant,
 }
 
 /// What a pause is for.

@@ -27,9 +27,9 @@ impl Message {
             Self::Paused => Kind::Paused,
             Self::RoundDone { .. } => Kind::RoundDone,
             Self::Complete { .. } => Kind::Complete,
-            Self::Ready => Kind::Ready,
+            Self::Ready { .. } => Kind::Ready,
             Self::Go { .. } => Kind::Go,
-            Self::Running => Kind::Running,
+            Self::Running { .. } => Kind::Running,
             Self::Returned { .. } => Kind::Returned,
             Self::Finished => Kind::Finished,
             Self::LaneLost { .. } => Kind::LaneLost,
@@ -76,6 +76,8 @@ impl Message {
                 Run::Run => 1,
                 Run::StayPaused => 2,
             }),
+            Self::Ready { load_us } => out.put_u32_le(*load_us),
+            Self::Running { resume_us } => out.put_u32_le(*resume_us),
             Self::LaneLost { lane, text } => {
                 put_lane(out, *lane);
                 put_text(out, &clean(text));
@@ -100,13 +102,7 @@ impl Message {
                 out.put_u16_le(code.number());
                 put_text(out, &clean(text));
             }
-            Self::Prepared
-            | Self::Paused
-            | Self::Ready
-            | Self::Running
-            | Self::Finished
-            | Self::Ping
-            | Self::Inquire => {}
+            Self::Prepared | Self::Paused | Self::Finished | Self::Ping | Self::Inquire => {}
         }
         Ok(())
     }
@@ -146,9 +142,9 @@ impl Message {
             }
             Self::Prepared
             | Self::Paused
-            | Self::Ready
+            | Self::Ready { .. }
             | Self::Go { .. }
-            | Self::Running
+            | Self::Running { .. }
             | Self::Returned { .. }
             | Self::Finished
             | Self::Ping

@@ -120,15 +120,9 @@ impl Kind {
             Self::Returned => 2 + MAX_TEXT,
             Self::Abort => 4 + MAX_TEXT,
             Self::LaneLost => 6 + MAX_TEXT,
-            Self::Fence => 4,
+            Self::Fence | Self::Ready | Self::Running => 4,
             Self::Fenced => 20,
-            Self::Prepared
-            | Self::Paused
-            | Self::Ready
-            | Self::Running
-            | Self::Finished
-            | Self::Ping
-            | Self::Inquire => 0,
+            Self::Prepared | Self::Paused | Self::Finished | Self::Ping | Self::Inquire => 0,
             Self::Pages => PREFIX_BYTES + MAX_RECORDS * RECORD_BYTES + MAX_PAGE_DATA,
             Self::RoundEnd => PREFIX_BYTES,
         }

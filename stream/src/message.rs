@@ -314,14 +314,20 @@ pub enum Message {
         state_crc: u32,
     },
     /// T→S. RAM is complete, the device state is loaded, and the guest is paused.
-    Ready,
+    Ready {
+        /// How long the load took once RAM was complete, in microseconds.
+        load_us: u32,
+    },
     /// S→T. The guest is yours.
     Go {
         /// In which state to leave it.
         run: Run,
     },
     /// T→S. The guest is mine by my journal, and is in the state ordered.
-    Running,
+    Running {
+        /// How long it took to let it run, in microseconds; 0 when it stays paused.
+        resume_us: u32,
+    },
     /// T→S. The guest could not be resumed and never ran here. Its VMM has ended; it is yours
     /// again.
     Returned {
@@ -375,9 +381,9 @@ impl Message {
             Self::Paused => "Paused",
             Self::RoundDone { .. } => "RoundDone",
             Self::Complete { .. } => "Complete",
-            Self::Ready => "Ready",
+            Self::Ready { .. } => "Ready",
             Self::Go { .. } => "Go",
-            Self::Running => "Running",
+            Self::Running { .. } => "Running",
             Self::Returned { .. } => "Returned",
             Self::Finished => "Finished",
             Self::LaneLost { .. } => "LaneLost",

@@ -109,7 +109,7 @@ fn messages() -> Vec<(&'static str, Message)> {
                 state_crc: 0xdead_beef,
             },
         ),
-        ("ready", Message::Ready),
+        ("ready", Message::Ready { load_us: 2_200 }),
         ("go", Message::Go { run: Run::Run }),
         (
             "go-stay-paused",
@@ -117,7 +117,7 @@ fn messages() -> Vec<(&'static str, Message)> {
                 run: Run::StayPaused,
             },
         ),
-        ("running", Message::Running),
+        ("running", Message::Running { resume_us: 300 }),
         (
             "returned",
             Message::Returned {

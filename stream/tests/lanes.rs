@@ -67,8 +67,8 @@ async fn greet(connection: Box<dyn Connection>, say: Message, hear: Message) -> 
 async fn lanes() -> (Box<dyn Lane>, Box<dyn Lane>) {
     let (one, other) = pair().unwrap();
     tokio::join!(
-        greet(one, Message::Ping, Message::Ready),
-        greet(other, Message::Ready, Message::Ping),
+        greet(one, Message::Ping, Message::Prepared),
+        greet(other, Message::Prepared, Message::Ping),
     )
 }
 
@@ -212,9 +212,9 @@ async fn messages_pass_both_ways_and_the_end_is_clean() {
     source.writer.send(&Message::Ping).await.unwrap();
     assert_eq!(target.reader.next().await.unwrap(), Some(go));
     assert_eq!(target.reader.next().await.unwrap(), Some(Message::Ping));
-    target.writer.send(&Message::Running).await.unwrap();
+    target.writer.send(&Message::Finished).await.unwrap();
     target.writer.shutdown().await.unwrap();
-    assert_eq!(source.reader.next().await.unwrap(), Some(Message::Running));
+    assert_eq!(source.reader.next().await.unwrap(), Some(Message::Finished));
     assert_eq!(source.reader.next().await.unwrap(), None);
     let after = target.writer.send(&Message::Ping).await;
     assert!(matches!(after, Err(Error::Broken { .. })));

@@ -227,7 +227,7 @@ fn hellos() {
 fn other_control_payloads() {
     assert_error!(decode(Kind::Go, &[3]) => BadField { field: "the run state", found: 3, .. });
     assert_error!(decode(Kind::Answer, &[0]) => BadField { field: "the verdict", found: 0, .. });
-    assert_error!(decode(Kind::Ready, &[0]) => TrailingBytes { count: 1, .. });
+    assert_error!(decode(Kind::Prepared, &[0]) => TrailingBytes { count: 1, .. });
     assert_error!(decode(Kind::State, &[0; 8]) => BadField { field: "the length", .. });
     assert_error!(
         decode(Kind::Abort, &[5, 0, 2, 0, 0xC3, 0x28]) => BadText { field: "the text", .. }

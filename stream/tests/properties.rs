@@ -82,12 +82,14 @@ fn message() -> impl Strategy<Value = Message> {
     let plain = select(vec![
         Message::Prepared,
         Message::Paused,
-        Message::Ready,
+        Message::Ready { load_us: 2_200 },
         Message::Go { run: Run::Run },
         Message::Go {
             run: Run::StayPaused,
         },
-        Message::Running,
+        Message::Running {
+            resume_us: u32::MAX,
+        },
         Message::Finished,
         Message::Ping,
         Message::Inquire,

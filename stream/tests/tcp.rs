@@ -29,8 +29,8 @@ async fn links_become_lanes() {
     let (source, target) = (source.unwrap(), target.unwrap());
     assert_eq!(source.peer(), address);
     let (mut source, mut target) = tokio::join!(
-        greet(source, Message::Ping, Message::Ready),
-        greet(target, Message::Ready, Message::Ping),
+        greet(source, Message::Ping, Message::Prepared),
+        greet(target, Message::Prepared, Message::Ping),
     );
     let sender = thread::spawn(move || {
         let mut writer = PageLaneWriter::new(LaneId::first(LaneIndex(1)));

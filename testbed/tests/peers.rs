@@ -406,7 +406,7 @@ async fn what_must_not_come_ends_the_migration() -> Outcomes {
     let wrong = [
         Message::Go { run: Run::Run },
         Message::Finished,
-        Message::Running,
+        Message::Running { resume_us: 0 },
         Message::Welcome(Welcome {
             version: Versions::OURS.highest,
             features: Features::NONE,

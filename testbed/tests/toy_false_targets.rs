@@ -138,8 +138,10 @@ async fn a_target_that_lies_keeps_the_guest() {
             round: Round(9),
             pages: 0,
         },
-        Message::Ready,
-        Message::Running,
+        Message::Ready { load_us: u32::MAX },
+        Message::Running {
+            resume_us: u32::MAX,
+        },
         Message::Returned {
             reason: "no".to_owned(),
         },

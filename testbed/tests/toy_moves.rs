@@ -183,6 +183,13 @@ async fn the_report_adds_up() -> Outcomes {
     let took: Duration = rounds.iter().map(|round| round.took).sum();
     assert!(report.setup + took <= report.total, "{report:?}");
     assert!(report.downtime.unwrap() < report.total);
+    let blackout = report.blackout.unwrap();
+    assert_eq!(Some(blackout.total()), report.downtime);
+    let beyond_doubt = [blackout.scan, blackout.state_load, blackout.resume];
+    assert!(
+        beyond_doubt.iter().all(|part| !part.is_zero()),
+        "{blackout:?}"
+    );
     assert!(report.throughput_bytes_per_s() > 0);
     assert!(report.dirty_bytes_per_s() > 0);
     Ok(())

@@ -132,6 +132,8 @@ pub enum Input {
     Paused {
         /// The moment from which no vCPU ran.
         at: Moment,
+        /// The moment from which all I/O had landed.
+        drained: Moment,
     },
     /// Source: the inventory, read again.
     Inventoried(Box<Inventory>),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ferry_stream::message::Round;
 
+use crate::core::blackout::{Blackout, Stopwatch};
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{LaneTotals, Moment, Phase};
 
@@ -42,6 +43,8 @@ pub struct Report {
     /// From the guest's last instruction here to the target's word that it runs: an upper bound of
     /// the blackout. `None` when it did not move.
     pub downtime: Option<Duration>,
+    /// Where that time went. `None` when it did not move.
+    pub blackout: Option<Blackout>,
     /// Bytes on the page lanes, and of device state.
     pub bytes_wire: u64,
     /// Pages found to be zero.
@@ -117,6 +120,7 @@ pub(crate) struct Meter {
     collected_at: Option<Moment>,
     first_page: Option<Moment>,
     stopped: Option<Moment>,
+    blackout: Option<Stopwatch>,
     runs: Option<Moment>,
     state_bytes: u64,
 }
@@ -183,14 +187,24 @@ impl Meter {
 
     pub(crate) fn stopped(&mut self, at: Moment) {
         self.stopped.get_or_insert(at);
+        self.blackout.get_or_insert_with(|| Stopwatch::started(at));
     }
 
     pub(crate) fn went_on(&mut self) {
         self.stopped = None;
+        self.blackout = None;
     }
 
-    pub(crate) fn runs(&mut self, at: Moment) {
-        self.runs.get_or_insert(at);
+    /// Lets `charge` split the blackout further, if it has begun.
+    pub(crate) fn blackout(&mut self, charge: impl FnOnce(&mut Stopwatch)) {
+        self.blackout.as_mut().map(charge);
+    }
+
+    pub(crate) fn runs(&mut self, at: Moment, resume: Duration) {
+        if self.runs.is_none() {
+            self.runs = Some(at);
+            self.blackout(|watch| watch.runs(at, resume));
+        }
     }
 
     pub(crate) fn state(&mut self, bytes: u64) {
@@ -237,6 +251,7 @@ impl Meter {
                 .stopped
                 .zip(self.runs)
                 .map(|(stopped, runs)| runs.since(stopped)),
+            blackout: self.runs.and(self.blackout.as_ref()).map(Stopwatch::parts),
             bytes_wire: self.bytes_wire(),
             zero_pages: self.totals.zero_pages,
             rounds: self.rounds.clone(),
@@ -301,7 +316,7 @@ mod tests {
         let mut meter = Meter::default();
         meter.stopped(ms(100));
         assert_eq!(meter.report(ms(200)).downtime, None);
-        meter.runs(ms(130));
+        meter.runs(ms(130), Duration::ZERO);
         assert_eq!(
             meter.report(ms(200)).downtime,
             Some(Duration::from_millis(30))

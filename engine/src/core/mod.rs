@@ -1,5 +1,6 @@
 //! The pure core: no I/O, no clock, no unsafe code.
 
+pub mod blackout;
 pub mod converge;
 pub mod layout;
 pub mod message;

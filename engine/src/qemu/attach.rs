@@ -220,10 +220,10 @@ impl Inner {
         }
     }
 
-    /// Since when the guest stands still.
-    pub(super) fn stopped(&self) -> Stopped {
+    /// Since when the guest stands still, with its disks drained at `drained_at`.
+    pub(super) fn stopped(&self, drained_at: Instant) -> Stopped {
         let at = self.monitor.seen().stopped_at.unwrap_or(self.attached_at);
-        Stopped { at }
+        Stopped { at, drained_at }
     }
 
     /// Asks for the state of QEMU's own migration.

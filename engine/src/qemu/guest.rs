@@ -1,6 +1,7 @@
 //! [`Guest`] of a QEMU: its run state and its life.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use ferry_qmp::commands::{AnnounceSelf, Cont, Quit, Stop};
 
@@ -116,7 +117,7 @@ impl Guest for QemuGuest {
 
 async fn stop(qemu: &Inner) -> Result<Stopped, VmmError> {
     if !qemu.is_running().await? {
-        return Ok(qemu.stopped());
+        return Ok(qemu.stopped(Instant::now()));
     }
     let monitor = qemu.monitor();
     monitor.expect(Own::Stop);
@@ -124,7 +125,7 @@ async fn stop(qemu: &Inner) -> Result<Stopped, VmmError> {
     monitor.run(Stop, limits::STOP).await?;
     monitor.catch_up().await;
     monitor.expect_no_more(Own::Stop);
-    Ok(qemu.stopped())
+    Ok(qemu.stopped(Instant::now()))
 }
 
 async fn cont(qemu: &Inner) -> Result<(), VmmError> {

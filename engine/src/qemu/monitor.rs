@@ -31,6 +31,8 @@ pub(super) struct Seen {
     pub(super) running: Option<bool>,
     /// When the last `STOP` arrived.
     pub(super) stopped_at: Option<Instant>,
+    /// When QEMU's own migration last changed its state.
+    pub(super) migration_at: Option<Instant>,
     /// The state of QEMU's own migration, once an event has told it.
     pub(super) migration: Option<MigrationStatus>,
     /// The guest put itself to sleep (S3).
@@ -200,7 +202,10 @@ impl Shared {
             EventKind::Stop => self.take_stop(event.received_at),
             EventKind::Resume => self.take_resume(),
             EventKind::Migration { status } => {
-                self.seen.send_modify(|seen| seen.migration = Some(status));
+                self.seen.send_modify(|seen| {
+                    seen.migration = Some(status);
+                    seen.migration_at = Some(event.received_at);
+                });
                 None
             }
             EventKind::Reset { .. } => Some(GuestEvent::Reset),

@@ -15,7 +15,7 @@ use std::io::{self, Read, Write};
 use std::mem;
 use std::os::unix::net::UnixStream;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferry_qmp::MigrationStatus;
 use ferry_qmp::commands::{Migrate, MigrateCancel, MigrateContinue, RunState};
@@ -89,7 +89,7 @@ impl Outgoing {
             }
             Self::Saved => {
                 *self = Self::Saved;
-                return Ok(qemu.stopped());
+                return Ok(qemu.stopped(Instant::now()));
             }
             Self::Idle => return Err(out_of_order("not opened before the switchover")),
         };
@@ -113,12 +113,12 @@ impl Outgoing {
         let reached = qemu
             .monitor()
             .wait(what, limits::SWITCHOVER, |seen| match seen.migration {
-                Some(MigrationStatus::PreSwitchover) => Some(true),
-                _ => is_over(seen).then_some(false),
+                Some(MigrationStatus::PreSwitchover) => Some(seen.migration_at),
+                _ => is_over(seen).then_some(None),
             })
             .await?;
-        if reached {
-            return Ok(qemu.stopped());
+        if let Some(drained_at) = reached {
+            return Ok(qemu.stopped(drained_at));
         }
         Err(self
             .failure(qemu, "QEMU did not reach the switchover")

@@ -49,7 +49,9 @@ impl Fields {
                 state_bytes: self.u64()?,
                 state_crc: self.u32()?,
             },
-            Kind::Ready => Message::Ready,
+            Kind::Ready => Message::Ready {
+                load_us: self.u32()?,
+            },
             Kind::Go => Message::Go {
                 run: match self.u8()? {
                     1 => Run::Run,
@@ -57,7 +59,9 @@ impl Fields {
                     found => return Err(self.bad("the run state", found)),
                 },
             },
-            Kind::Running => Message::Running,
+            Kind::Running => Message::Running {
+                resume_us: self.u32()?,
+            },
             Kind::Returned => Message::Returned {
                 reason: clean(&self.text("the reason", MAX_TEXT)?),
             },

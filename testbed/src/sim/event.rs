@@ -46,7 +46,10 @@ impl Event {
             Input::LanesOpen => Input::LanesOpen,
             Input::StateOpen => Input::StateOpen,
             Input::Flushed => Input::Flushed,
-            Input::Paused { at } => Input::Paused { at: *at },
+            Input::Paused { at, drained } => Input::Paused {
+                at: *at,
+                drained: *drained,
+            },
             Input::Sent(totals) => Input::Sent(*totals),
             Input::Undone(Ok(state)) => Input::Undone(Ok(*state)),
             Input::Retired => Input::Retired,

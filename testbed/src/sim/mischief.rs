@@ -93,7 +93,7 @@ impl World {
                 Message::RoundDone { round, pages },
                 Message::Go { run: Run::Run },
             ],
-            Side::Target => [complete, Message::Ready, Message::Paused],
+            Side::Target => [complete, Message::Ready { load_us: 0 }, Message::Paused],
         };
         self.rng.pick(&[both, one].concat())
     }

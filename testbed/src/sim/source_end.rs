@@ -158,6 +158,7 @@ impl World {
         self.device_writes(landing);
         Input::Paused {
             at: Moment(self.now),
+            drained: Moment(self.now),
         }
     }
 

@@ -47,7 +47,7 @@ impl World {
 
     fn target_says(&mut self, message: Message) -> Result<(), Violation> {
         match message {
-            Message::Running => {
+            Message::Running { .. } => {
                 self.must_say("Running", Record::Taken)?;
                 self.check_guest("said to run")?;
             }

@@ -266,7 +266,10 @@ impl Guest for ToyGuest {
     fn pause(&mut self, _why: PauseFor) -> Result<Stopped, VmmError> {
         self.hit(Call::Pause)?;
         let at = self.0.park();
-        Ok(Stopped { at })
+        Ok(Stopped {
+            at,
+            drained_at: at.max(Instant::now()),
+        })
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {

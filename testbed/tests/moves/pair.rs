@@ -408,6 +408,13 @@ fn assert_plausible(json: &Value, page: Option<&StatusPage>) {
         number("setup_ms").max(number("downtime_ms")) <= number("total_ms"),
         "{json}"
     );
+    let parts = json["blackout_ms"].as_object().unwrap();
+    let together: f64 = parts.values().map(|part| part.as_f64().unwrap()).sum();
+    // Each is rounded to a microsecond.
+    assert!(
+        (together - number("downtime_ms")).abs() < 0.01,
+        "the parts of the blackout do not add up: {json}"
+    );
     let wire = json["bytes_wire"].as_u64().unwrap();
     let state = wire
         .checked_sub(sum("bytes"))

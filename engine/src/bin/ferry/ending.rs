@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use ferry_engine::Finished;
+use ferry_engine::core::blackout::Blackout;
 use ferry_engine::core::message::{GuestLeft, Outcome, Reason};
 use ferry_engine::core::meter::{Report, RoundReport};
 use ferry_engine::core::outcome::in_full;
@@ -111,12 +112,42 @@ struct Figures {
     total_ms: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     downtime_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    blackout_ms: Option<JsonBlackout>,
     setup_ms: f64,
     bytes_wire: u64,
     pages_zero: u64,
     throughput_bytes_per_s: u64,
     dirty_bytes_per_s: u64,
     rounds: Vec<JsonRound>,
+}
+
+/// The parts of the blackout. They add up to `downtime_ms`.
+#[derive(Serialize)]
+struct JsonBlackout {
+    stop: f64,
+    flush: f64,
+    scan: f64,
+    pages: f64,
+    state_save: f64,
+    state_load: f64,
+    resume: f64,
+    other: f64,
+}
+
+impl From<Blackout> for JsonBlackout {
+    fn from(blackout: Blackout) -> Self {
+        Self {
+            stop: ms(blackout.stop),
+            flush: ms(blackout.flush),
+            scan: ms(blackout.scan),
+            pages: ms(blackout.pages),
+            state_save: ms(blackout.state_save),
+            state_load: ms(blackout.state_load),
+            resume: ms(blackout.resume),
+            other: ms(blackout.other),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -149,6 +180,7 @@ impl From<&Report> for Figures {
         Self {
             total_ms: ms(report.total),
             downtime_ms: report.downtime.map(ms),
+            blackout_ms: report.blackout.map(JsonBlackout::from),
             setup_ms: ms(report.setup),
             bytes_wire: report.bytes_wire,
             pages_zero: report.zero_pages,
@@ -232,6 +264,9 @@ impl Teller {
         match &finished.outcome {
             Outcome::Moved if self.figures => {
                 say::tell(summary(&finished.report));
+                if let Some(blackout) = &finished.report.blackout {
+                    say::tell(split(blackout));
+                }
             }
             Outcome::Moved => say::tell(format_args!("The guest is here now.")),
             Outcome::Kept { reason, guest } => {
@@ -265,6 +300,19 @@ fn summary(report: &Report) -> String {
         bytes(report.bytes_wire),
         bytes(report.throughput_bytes_per_s()),
     )
+}
+
+/// Where the blackout went: what is told in tenths of a millisecond and is not nothing.
+fn split(blackout: &Blackout) -> String {
+    let parts = blackout
+        .parts()
+        .map(|(name, part)| (name, format!("{:.1}", part.as_secs_f64() * 1e3)));
+    let told: Vec<String> = parts
+        .into_iter()
+        .filter(|(_, part)| part != "0.0")
+        .map(|(name, part)| format!("{name} {part}"))
+        .collect();
+    format!("Blackout, in ms: {}.", told.join(", "))
 }
 
 /// Bytes for people.

@@ -198,7 +198,7 @@ pub(super) fn happy_path() -> Vec<(Input, Vec<&'static str>)> {
         (done(1, 3), vec!["collect, rearm Yes"]),
         (found(1), vec!["Pause(Switchover)"]),
         (
-            Input::Paused { at },
+            Input::Paused { at, drained: at },
             vec!["send Paused", "Save", "collect, rearm Yes"],
         ),
         (found(2), vec!["copy 2 in round 2, Tell"]),
@@ -208,14 +208,14 @@ pub(super) fn happy_path() -> Vec<(Input, Vec<&'static str>)> {
         (found(1), vec!["copy 1 in round 3, Tell", "send Complete"]),
         (sent(3, 6), vec![]),
         (done(3, 1), vec![]),
-        (got(Message::Ready), vec![]),
+        (got(Message::Ready { load_us: 0 }), vec![]),
         (
             Input::Inventoried(Box::new(inventory())),
             vec!["journal Given"],
         ),
         (Input::Journaled(Record::Given), vec!["send Go"]),
         (
-            got(Message::Running),
+            got(Message::Running { resume_us: 0 }),
             vec![
                 "send Finished",
                 "journal Moved",

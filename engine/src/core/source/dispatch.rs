@@ -40,7 +40,7 @@ impl Shared {
                 self.flush = Flush::None;
                 state.go_on(self)
             }
-            Input::Paused { at } if state.is_copying() => {
+            Input::Paused { at, .. } if state.is_copying() => {
                 self.hold(at);
                 state.go_on(self)
             }

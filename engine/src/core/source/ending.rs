@@ -1,5 +1,7 @@
 //! The two ways out: the guest has moved, or everything is put back.
 
+use std::time::Duration;
+
 use ferry_stream::message::Message;
 
 use super::{Hardware, Link, Shared, State};
@@ -16,8 +18,9 @@ pub(super) struct Leaving {
 }
 
 impl Shared {
-    pub(super) fn leave(&mut self) -> State {
-        self.meter.runs(self.now);
+    /// The guest runs at the target, which took `resume` to let it, if that is known.
+    pub(super) fn leave(&mut self, resume: Duration) -> State {
+        self.meter.runs(self.now, resume);
         self.unbound();
         self.send(Message::Finished);
         self.journal(Record::Moved);

@@ -132,7 +132,7 @@ impl Shared {
 impl Holding {
     pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
         match input {
-            Input::Paused { at } => {
+            Input::Paused { at, .. } => {
                 shared.hold(at);
                 shared.first_round(self.populated)
             }
@@ -261,6 +261,8 @@ impl Shared {
     fn stop(&mut self, dirty: PageSet) -> State {
         self.timeout = None;
         self.hardware = Hardware::Due;
+        let now = self.now;
+        self.meter.blackout(|watch| watch.copied(now));
         self.actions.push_back(Action::Pause(PauseFor::Switchover));
         self.bound(self.config.limits.stopping);
         State::Stopping(super::Stopping { dirty })

@@ -4,6 +4,8 @@
 //! saved, which may still write RAM; only then the last collection. The target says Ready with
 //! everything loaded; the journal says given, durably; then, and never before, Go.
 
+use std::time::Duration;
+
 use ferry_stream::message::{Message, Verdict};
 
 use super::round::{InFlight, Settled};
@@ -21,15 +23,17 @@ pub(super) struct Stopping {
 impl Stopping {
     pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
         match input {
-            Input::Paused { at } => shared.drain(self.dirty, at),
+            Input::Paused { at, drained } => shared.drain(self.dirty, at, drained),
             input => shared.unexpected(State::Stopping(self), &input),
         }
     }
 }
 
 impl Shared {
-    fn drain(&mut self, dirty: PageSet, stopped: Moment) -> State {
+    fn drain(&mut self, dirty: PageSet, stopped: Moment, drained: Moment) -> State {
         self.meter.stopped(self.held.unwrap_or(stopped));
+        let now = self.now;
+        self.meter.blackout(|watch| watch.paused(drained, now));
         self.send(Message::Paused);
         self.actions.push_back(Action::Save);
         self.collect(Rearm::Yes);
@@ -53,6 +57,7 @@ pub(super) struct Draining {
 struct Saved {
     bytes: u64,
     crc: u32,
+    at: Moment,
 }
 
 /// How far the pages are that the guest left dirty.
@@ -76,11 +81,14 @@ impl Draining {
                 }
             }
             (Input::Saved { bytes, crc }, _) if self.saved.is_none() => {
-                self.saved = Some(Saved { bytes, crc });
+                let at = shared.now;
+                self.saved = Some(Saved { bytes, crc, at });
                 shared.meter.state(bytes);
                 shared.read_hardware();
             }
             (Input::Collected { mut found }, Left::Collecting(before)) => {
+                let now = shared.now;
+                shared.meter.blackout(|watch| watch.collected(now));
                 found.union(before);
                 self.left = Left::Sending(shared.copy(found));
             }
@@ -89,7 +97,11 @@ impl Draining {
             }
             (input, Left::Sending(in_flight)) => match in_flight.note(shared, input) {
                 Settled::NotYet => {}
-                Settled::Done => self.left = Left::Placed,
+                Settled::Done => {
+                    let now = shared.now;
+                    shared.meter.blackout(|watch| watch.placed(now));
+                    self.left = Left::Placed;
+                }
                 Settled::Wrong(reason) => return shared.undo(reason),
                 Settled::Unrelated(input) => {
                     return shared.unexpected(State::Draining(self), &input);
@@ -101,8 +113,12 @@ impl Draining {
     }
 
     fn advance(mut self, shared: &mut Shared) -> State {
-        if self.saved.is_some() && matches!(self.left, Left::Placed) {
+        if let (Some(saved), Left::Placed) = (self.saved, &self.left) {
             self.left = Left::LastCollecting;
+            let now = shared.now;
+            shared
+                .meter
+                .blackout(|watch| watch.copied_and_saved(saved.at, now));
             shared.collect(Rearm::No);
         }
         State::Draining(self)
@@ -112,9 +128,11 @@ impl Draining {
     /// again, which is a round trip less in the blackout. Every page of a later round is told, so
     /// their number is known.
     fn complete(self, shared: &mut Shared, last: PageSet) -> State {
-        let Some(Saved { bytes, crc }) = self.saved else {
+        let Some(Saved { bytes, crc, .. }) = self.saved else {
             return State::Draining(self);
         };
+        let now = shared.now;
+        shared.meter.blackout(|watch| watch.last_collected(now));
         let pages = shared.pages_told + last.len();
         let in_flight = shared.copy(last);
         let round = shared.round;
@@ -167,6 +185,11 @@ fn difference(before: &Inventory, now: &Inventory) -> Option<String> {
     }
 }
 
+/// A duration, as the target tells it.
+fn micros(us: u32) -> Duration {
+    Duration::from_micros(us.into())
+}
+
 /// Everything is on its way; the target loads.
 pub(super) struct Offering {
     /// The last round, until it is in place.
@@ -190,7 +213,11 @@ impl Offering {
         };
         match input {
             // The target may be faster than our own lanes are to say that the round is out.
-            Input::Received(Message::Ready) if !self.ready => self.ready = true,
+            Input::Received(Message::Ready { load_us }) if !self.ready => {
+                self.ready = true;
+                let (now, load) = (shared.now, micros(load_us));
+                shared.meter.blackout(|watch| watch.ready(now, load));
+            }
             Input::Inventoried(now) => {
                 if let Some(reason) = shared.compare(&now) {
                     return shared.undo(reason);
@@ -229,6 +256,8 @@ impl Giving {
 impl Shared {
     fn go(&mut self) -> State {
         let run = run_order(self.config.run_at_target.unwrap_or(self.wanted));
+        let now = self.now;
+        self.meter.blackout(|watch| watch.given(now));
         self.send(Message::Go { run });
         self.bound(self.config.limits.given);
         State::Given(Given)
@@ -241,7 +270,7 @@ pub(super) struct Given;
 impl Given {
     pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
         match input {
-            Input::Received(Message::Running) => shared.leave(),
+            Input::Received(Message::Running { resume_us }) => shared.leave(micros(resume_us)),
             Input::Received(Message::Returned { reason }) => {
                 shared.undo(Reason::Returned { text: reason })
             }
@@ -296,9 +325,8 @@ impl Shared {
 impl Asking {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
         match input {
-            Input::Answered(Some(Verdict::Taken)) | Input::Received(Message::Running) => {
-                shared.leave()
-            }
+            Input::Received(Message::Running { resume_us }) => shared.leave(micros(resume_us)),
+            Input::Answered(Some(Verdict::Taken)) => shared.leave(Duration::ZERO),
             Input::Answered(Some(Verdict::Refused)) => shared.undo(Reason::Refused),
             Input::Answered(Some(Verdict::Returned)) => {
                 let text = "the target says so when asked".to_owned();

@@ -128,7 +128,10 @@ fn a_message_at_the_wrong_time_ends_it_before_go_and_raises_the_question_after()
         gives_up(&bench, &orders);
     }
     let mut bench = Bench::at(Phase::Given);
-    assert_eq!(bench.tell(Input::Received(Message::Ready)), ["tell", "Ask"]);
+    assert_eq!(
+        bench.tell(Input::Received(Message::Ready { load_us: 0 })),
+        ["tell", "Ask"]
+    );
     assert_eq!(
         Bench::at(Phase::Copying).tell(Input::Received(Message::Ping)),
         [""; 0]
@@ -138,7 +141,7 @@ fn a_message_at_the_wrong_time_ends_it_before_go_and_raises_the_question_after()
 #[test]
 fn go_needs_ready_and_the_last_round_and_the_same_hardware_in_whichever_order() {
     let same = || Input::Inventoried(Box::new(inventory()));
-    let ready = || Input::Received(Message::Ready);
+    let ready = || Input::Received(Message::Ready { load_us: 0 });
     let orders: [[fn() -> Input; 4]; 3] = [
         [|| done(3, 1), ready, same, || sent(3, 6)],
         [same, || sent(3, 6), || done(3, 1), ready],
@@ -267,7 +270,7 @@ fn the_time_out_suspends_and_the_move_finishes() {
     }
     assert_eq!(bench.wait(), ["tell", "Pause(Copy)"]);
     let at = bench.now;
-    assert_eq!(bench.tell(Input::Paused { at }), [""; 0]);
+    assert_eq!(bench.tell(Input::Paused { at, drained: at }), [""; 0]);
     bench.tell(sent(1, 3));
     bench.tell(done(1, 3));
     let orders = bench.tell(Input::Collected { found: pages(9) });
@@ -327,7 +330,7 @@ fn a_paused_move_holds_the_guest_before_the_first_round() {
     );
     let at = bench.now;
     assert_eq!(
-        bench.tell(Input::Paused { at }),
+        bench.tell(Input::Paused { at, drained: at }),
         ["Flush", "copy 3 in round 1, Skip"]
     );
 }
@@ -346,7 +349,7 @@ fn somebody_elses_resume_turns_a_paused_move_into_a_live_one() {
     let orders = bench.tell(Input::Guest(GuestEvent::ForeignResume));
     assert_eq!(orders, ["tell", "Flush", "copy 3 in round 1, Skip"]);
     let at = bench.now;
-    bench.tell(Input::Paused { at });
+    bench.tell(Input::Paused { at, drained: at });
     bench.tell(sent(1, 3));
     bench.tell(done(1, 3));
     let orders = bench.tell(Input::Collected { found: pages(2) });
@@ -403,7 +406,7 @@ fn in_doubt_when_nobody_answers() {
 fn running_settles_a_question_that_is_on_its_way() {
     let mut bench = Bench::at(Phase::Given);
     bench.wait();
-    let orders = bench.tell(Input::Received(Message::Running));
+    let orders = bench.tell(Input::Received(Message::Running { resume_us: 0 }));
     assert_eq!(orders[0], "send Finished", "the link stands");
 }
 
@@ -461,7 +464,7 @@ fn a_flush_under_way_is_waited_for_without_another_round() {
             Some(suspend) => {
                 let orders = bench.tell(Input::Command(suspend));
                 assert_eq!(orders, ["tell", "Pause(Copy)"]);
-                Input::Paused { at }
+                Input::Paused { at, drained: at }
             }
         };
         assert_eq!(bench.tell(ends_the_wait), ["collect, rearm Yes"]);

@@ -23,9 +23,9 @@ impl Taking {
         match self.run {
             Run::Run => {
                 shared.actions.push_back(Action::Resume);
-                State::Resuming
+                State::Resuming(shared.now)
             }
-            Run::StayPaused => shared.runs(),
+            Run::StayPaused => shared.runs(0),
         }
     }
 
@@ -55,8 +55,8 @@ impl Shared {
         State::Taking(Taking { run, ran })
     }
 
-    pub(super) fn runs(&mut self) -> State {
-        self.send(Message::Running);
+    pub(super) fn runs(&mut self, resume_us: u32) -> State {
+        self.send(Message::Running { resume_us });
         self.actions.push_back(Action::Restore);
         self.bound(self.config.limits.linger);
         self.answer_all(Verdict::Taken);
@@ -90,7 +90,7 @@ impl Shared {
             self.inquirers.push(inquirer);
         }
         match state {
-            State::Preparing(_) | State::Receiving(_) | State::Loading | State::Offered => {
+            State::Preparing(_) | State::Receiving(_) | State::Loading(_) | State::Offered => {
                 self.refuse(Reason::Asked, Parting::Lingering)
             }
             state => {

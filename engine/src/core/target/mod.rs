@@ -81,10 +81,12 @@ enum State {
     Waiting,
     Preparing(Preparing),
     Receiving(Receiving),
-    Loading,
+    /// Since RAM was complete.
+    Loading(Moment),
     Offered,
     Taking(Taking),
-    Resuming,
+    /// Since the order.
+    Resuming(Moment),
     Taken,
     Refusing(Refusing),
     Returning(Returning),
@@ -193,7 +195,7 @@ impl Target {
 
     /// True when the guest may run here: from the moment the journal says taken.
     pub fn may_run(&self) -> bool {
-        matches!(self.state, State::Resuming | State::Taken)
+        matches!(self.state, State::Resuming(_) | State::Taken)
     }
 }
 
@@ -203,9 +205,9 @@ impl State {
             Self::Waiting => Phase::Waiting,
             Self::Preparing(_) => Phase::Preparing,
             Self::Receiving(_) => Phase::Receiving,
-            Self::Loading => Phase::Loading,
+            Self::Loading(_) => Phase::Loading,
             Self::Offered => Phase::Offered,
-            Self::Taking(_) | Self::Resuming => Phase::Taking,
+            Self::Taking(_) | Self::Resuming(_) => Phase::Taking,
             Self::Taken => Phase::Taken,
             Self::Refusing(_) | Self::Returning(_) => Phase::Refusing,
             Self::Ended => Phase::Ended,
@@ -217,7 +219,7 @@ impl State {
     fn trouble(self, shared: &mut Shared, reason: Reason) -> Self {
         match self {
             Self::Waiting => shared.turn_away(reason),
-            Self::Preparing(_) | Self::Receiving(_) | Self::Loading => {
+            Self::Preparing(_) | Self::Receiving(_) | Self::Loading(_) => {
                 shared.refuse(reason, Parting::Done)
             }
             // A source that gives up has not said Go before.
@@ -226,12 +228,12 @@ impl State {
             }
             Self::Offered => shared.refuse(reason, Parting::Lingering),
             Self::Taking(taking) => taking.trouble(shared, reason),
-            Self::Resuming => match reason {
+            Self::Resuming(since) => match reason {
                 // Not even an answer: the adapter broke down in the middle.
                 Reason::Failed(failure) if failure.step == Step::Resume => {
                     shared.not_resumed(MayHaveRun::Perhaps, failure)
                 }
-                _ => Self::Resuming,
+                _ => Self::Resuming(since),
             },
             Self::Taken => shared.taken_trouble(&reason),
             Self::Refusing(refusing) => refusing.trouble(shared, &reason),
@@ -274,11 +276,13 @@ impl Shared {
             (State::Waiting, Input::Received(Message::Hello(hello))) => self.greet(hello),
             (State::Preparing(preparing), input) => preparing.handle(self, input),
             (State::Receiving(receiving), input) => receiving.handle(self, input),
-            (State::Loading, Input::Loaded) => self.offer(),
+            (State::Loading(since), Input::Loaded) => self.offer(since),
             (State::Offered, Input::Received(Message::Go { run })) => self.take(run),
             (State::Taking(taking), Input::Journaled(Record::Taken)) => taking.taken(self),
-            (State::Resuming, Input::Resumed) => self.runs(),
-            (State::Resuming, Input::NotResumed { ran, failure }) => self.not_resumed(ran, failure),
+            (State::Resuming(since), Input::Resumed) => self.runs(self.since_us(since)),
+            (State::Resuming(_), Input::NotResumed { ran, failure }) => {
+                self.not_resumed(ran, failure)
+            }
             (State::Taken, Input::Received(Message::Finished)) => self.finish(Outcome::Moved),
             (State::Refusing(refusing), input) => refusing.handle(self, &input),
             (State::Returning(returning), input) => returning.handle(self, &input),
@@ -327,7 +331,7 @@ impl Shared {
     }
 
     fn cancel(&mut self, state: State) -> State {
-        if matches!(state, State::Taking(_) | State::Resuming | State::Taken) {
+        if matches!(state, State::Taking(_) | State::Resuming(_) | State::Taken) {
             self.tell(Notice::TooLateToCancel);
             return state;
         }
@@ -345,6 +349,11 @@ impl Shared {
 
     fn tell(&mut self, notice: Notice) {
         self.actions.push_back(Action::Tell(notice));
+    }
+
+    /// Microseconds since `moment`, as the source is told them.
+    fn since_us(&self, moment: Moment) -> u32 {
+        u32::try_from(self.now.since(moment).as_micros()).unwrap_or(u32::MAX)
     }
 
     fn bound(&mut self, limit: Duration) {

@@ -6,7 +6,7 @@ use ferry_stream::message::{Message, Round};
 
 use super::ending::Parting;
 use super::{Shared, State};
-use crate::core::message::{Action, Input, Phase, Reason, Record};
+use crate::core::message::{Action, Input, Moment, Phase, Reason, Record};
 
 #[derive(Default)]
 pub(super) struct Preparing {
@@ -134,13 +134,14 @@ impl Receiving {
         }
         let (bytes, crc) = (complete.state_bytes, complete.state_crc);
         shared.actions.push_back(Action::ReleaseLoad { bytes, crc });
-        State::Loading
+        State::Loading(shared.now)
     }
 }
 
 impl Shared {
-    pub(super) fn offer(&mut self) -> State {
-        self.send(Message::Ready);
+    pub(super) fn offer(&mut self, loading: Moment) -> State {
+        let load_us = self.since_us(loading);
+        self.send(Message::Ready { load_us });
         self.bound(self.config.limits.offered);
         State::Offered
     }

@@ -41,7 +41,7 @@ fn trouble_before_go_refuses_and_the_journal_says_so_first() {
             Input::Guest(GuestEvent::Reset),
             Input::Guest(GuestEvent::ShutDown),
             Input::Guest(GuestEvent::Panicked),
-            Input::Received(Message::Ready),
+            Input::Received(Message::Ready { load_us: 0 }),
         ]
     };
     for phase in BEFORE_GO {
