@@ -11,6 +11,7 @@ use ferry_engine::vmm::{Rearm, Tracker, VmmError};
 use ferry_testbed::{Qemu, TestbedError};
 
 use crate::figures::{Spread, mib};
+use crate::guest::failed;
 
 /// Scans of which the median counts.
 const SCANS: usize = 21;
@@ -21,14 +22,22 @@ pub fn measure(qemu: &Qemu) -> Result<f64, TestbedError> {
         let lengths = qemu.rams().iter().map(ferry_testbed::Ram::len);
         lengths.collect::<Result<Vec<_>, _>>()?.iter().sum()
     };
-    let scan = median_scan(qemu).map_err(|error| TestbedError::Program {
-        program: "the engine's tracker".into(),
-        log: error.to_string(),
-    })?;
+    let scan = with_tracker(qemu, scan)?;
     Ok(scan.as_secs_f64() * 1e3 / (mib(bytes) / 1024.0))
 }
 
-fn median_scan(qemu: &Qemu) -> Result<Duration, VmmError> {
+/// Attaches the engine to a QEMU, lends its tracker, and leaves QEMU as it was.
+pub fn with_tracker<T>(
+    qemu: &Qemu,
+    work: impl FnOnce(&mut dyn Tracker) -> Result<T, VmmError>,
+) -> Result<T, TestbedError> {
+    attach(qemu, work).map_err(|error| failed("the engine's tracker", &error.to_string()))
+}
+
+fn attach<T>(
+    qemu: &Qemu,
+    work: impl FnOnce(&mut dyn Tracker) -> Result<T, VmmError>,
+) -> Result<T, VmmError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -39,13 +48,14 @@ fn median_scan(qemu: &Qemu) -> Result<Duration, VmmError> {
     runtime.block_on(async {
         let attached = Attached::attach(&address, &options).await?;
         let mut vm = attached.vm(Side::Source)?;
-        let scans = scan(vm.tracker.as_mut());
-        // Whatever came of it, QEMU is left as it was.
+        let result = work(vm.tracker.as_mut());
+        // Whatever came of it.
         vm.tracker.stop()?;
-        scans
+        result
     })
 }
 
+/// The median of some scans that find nothing.
 fn scan(tracker: &mut dyn Tracker) -> Result<Duration, VmmError> {
     tracker.start()?;
     // The first finds what was never protected.

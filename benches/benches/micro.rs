@@ -1,0 +1,296 @@
+//! The parts of which a move's time is made, each by itself: `cargo bench -p ferry-benches`.
+//!
+//! Scans look at a real QEMU: they need what `benches/run` needs. The rest runs anywhere. A name after
+//! `--` picks some: `cargo bench -p ferry-benches -- codec`.
+
+use ferry_engine::core::layout::{Layout, PageRange, Region, RegionIndex};
+use ferry_engine::core::pageset::PageSet;
+
+/// Pages in a full frame.
+const FRAME_PAGES: u32 = ferry_stream::limits::MAX_RAW_PAGES;
+
+/// Bytes in a full frame.
+const FRAME_BYTES: usize = FRAME_PAGES as usize * ferry_testbed::PAGE_SIZE;
+
+fn main() {
+    divan::main();
+}
+
+/// Bytes that no page has by chance.
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = 1_u64;
+    let words = std::iter::repeat_with(move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.flatten().take(length).collect()
+}
+
+/// Frames of pages: made from memory into a stream, and read from it into memory.
+mod codec {
+
+    use divan::Bencher;
+    use divan::counter::BytesCount;
+    use ferry_stream::lane::{Incoming, PageLaneReader, PageLaneWriter};
+    use ferry_stream::message::{LaneId, LaneIndex, Round};
+    use ferry_stream::pages::{PageFrame, PageRun, Zeros};
+
+    use super::{FRAME_BYTES, FRAME_PAGES, noise};
+
+    const LANE: LaneId = LaneId::first(LaneIndex(1));
+
+    const RUN: PageRun = PageRun {
+        region: 0,
+        first: 0,
+        count: FRAME_PAGES,
+    };
+
+    fn build(frame: &mut PageFrame, memory: &[u8]) {
+        frame.begin(Round(1));
+        let room = frame.push_raw(RUN).expect("the frame is empty");
+        room.copy_from_slice(memory);
+        frame.elide_zeros(Zeros::Tell);
+    }
+
+    /// Copied from memory, searched for zeros, summed up, and written.
+    #[divan::bench]
+    fn build_and_send(bencher: Bencher<'_, '_>) {
+        let memory = noise(FRAME_BYTES);
+        let mut frame = PageFrame::new(FRAME_PAGES);
+        let mut writer = PageLaneWriter::new(LANE);
+        bencher
+            .counter(BytesCount::new(FRAME_BYTES))
+            .bench_local(|| {
+                build(&mut frame, &memory);
+                writer.send(&mut std::io::sink(), &mut frame)
+            });
+    }
+
+    /// Read into place, and the sum checked.
+    #[divan::bench]
+    fn receive_and_place(bencher: Bencher<'_, '_>) {
+        let mut frame = PageFrame::new(FRAME_PAGES);
+        build(&mut frame, &noise(FRAME_BYTES));
+        let mut wire = Vec::new();
+        let sent = PageLaneWriter::new(LANE).send(&mut wire, &mut frame);
+        sent.expect("memory takes everything");
+        let mut place = vec![0; FRAME_BYTES];
+        bencher
+            .counter(BytesCount::new(FRAME_BYTES))
+            .with_inputs(|| PageLaneReader::new(LANE))
+            .bench_local_values(|mut reader| {
+                let mut from = &wire[..];
+                let Ok(Incoming::Pages(body)) = reader.next(&mut from) else {
+                    panic!("a frame of pages was sent");
+                };
+                body.place(|_, data, mut hasher| {
+                    data.read_exact(&mut place).map_err(|_| CutShort)?;
+                    hasher.update(&place);
+                    Ok::<_, CutShort>(hasher)
+                })
+                .expect("the frame is whole")
+            });
+    }
+
+    #[derive(Debug)]
+    struct CutShort;
+
+    impl From<ferry_stream::Error> for CutShort {
+        fn from(_: ferry_stream::Error) -> Self {
+            Self
+        }
+    }
+}
+
+/// Whether a page is zero: the pages of a frame, as the sender looks at them.
+mod zero_test {
+    use divan::Bencher;
+    use divan::counter::BytesCount;
+    use ferry_stream::message::Round;
+    use ferry_stream::pages::{PageFrame, PageRun, Zeros};
+
+    use super::{FRAME_BYTES, FRAME_PAGES, noise};
+
+    fn look_at(bencher: Bencher<'_, '_>, memory: &[u8]) {
+        let mut frame = PageFrame::new(FRAME_PAGES);
+        let run = PageRun {
+            region: 0,
+            first: 0,
+            count: FRAME_PAGES,
+        };
+        bencher
+            .counter(BytesCount::new(FRAME_BYTES))
+            .bench_local(|| {
+                frame.begin(Round(1));
+                let room = frame.push_raw(run).expect("the frame is empty");
+                room.copy_from_slice(memory);
+                frame.elide_zeros(Zeros::Skip)
+            });
+    }
+
+    /// Copied and read to the end.
+    #[divan::bench]
+    fn of_zeros(bencher: Bencher<'_, '_>) {
+        look_at(bencher, &vec![0; FRAME_BYTES]);
+    }
+
+    /// Copied; the first bytes tell.
+    #[divan::bench]
+    fn of_noise(bencher: Bencher<'_, '_>) {
+        look_at(bencher, &noise(FRAME_BYTES));
+    }
+
+    /// What the copy alone takes of both.
+    #[divan::bench]
+    fn the_copy_alone(bencher: Bencher<'_, '_>) {
+        let memory = noise(FRAME_BYTES);
+        let mut place = vec![0; FRAME_BYTES];
+        bencher
+            .counter(BytesCount::new(FRAME_BYTES))
+            .bench_local(|| divan::black_box(&mut place).copy_from_slice(&memory));
+    }
+}
+
+/// The checksum of a frame.
+#[divan::bench]
+fn crc32(bencher: divan::Bencher<'_, '_>) {
+    let memory = noise(FRAME_BYTES);
+    bencher
+        .counter(divan::counter::BytesCount::new(FRAME_BYTES))
+        .bench_local(|| crc32fast::hash(divan::black_box(&memory)));
+}
+
+/// Sets of pages of a guest of 64 GiB.
+mod page_set {
+    use divan::Bencher;
+    use divan::counter::ItemsCount;
+
+    use super::{Layout, PageRange, PageSet, Region, RegionIndex};
+
+    const GUEST_BYTES: u64 = 64 << 30;
+    const RAM: RegionIndex = RegionIndex(0);
+    /// A second of a guest that writes 5,000 pages.
+    const SCATTERED: u64 = 5000;
+
+    fn layout() -> Layout {
+        let region = Region {
+            name: "ram0".into(),
+            bytes: GUEST_BYTES,
+            backing_page_bytes: 4096,
+        };
+        Layout::new(vec![region]).expect("one region of whole pages")
+    }
+
+    fn scatter(set: &mut PageSet) {
+        let pages = layout().pages();
+        for at in 0..SCATTERED {
+            // An odd number of steps: no page comes twice.
+            let page = at.wrapping_mul(0x9e37_79b9_7f4a_7c15) % pages;
+            let inserted = set.insert(RAM, PageRange::new(page, 1));
+            inserted.expect("the page is within the guest");
+        }
+    }
+
+    fn scattered() -> PageSet {
+        let mut set = PageSet::empty(&layout());
+        scatter(&mut set);
+        set
+    }
+
+    #[divan::bench]
+    fn insert_and_clear_scattered(bencher: Bencher<'_, '_>) {
+        let mut set = PageSet::empty(&layout());
+        bencher.counter(ItemsCount::new(SCATTERED)).bench_local(|| {
+            scatter(&mut set);
+            set.clear();
+        });
+    }
+
+    #[divan::bench]
+    fn walk_scattered(bencher: Bencher<'_, '_>) {
+        let set = scattered();
+        bencher
+            .counter(ItemsCount::new(SCATTERED))
+            .bench_local(|| set.ranges().count());
+    }
+
+    #[divan::bench]
+    fn walk_everything(bencher: Bencher<'_, '_>) {
+        let set = PageSet::full(&layout());
+        bencher
+            .counter(ItemsCount::new(GUEST_BYTES >> 12))
+            .bench_local(|| set.ranges().count());
+    }
+
+    #[divan::bench]
+    fn unite_scattered(bencher: Bencher<'_, '_>) {
+        let (mut all, some) = (PageSet::empty(&layout()), scattered());
+        bencher.bench_local(|| all.union(&some));
+    }
+}
+
+/// `PAGEMAP_SCAN` of a QEMU with 1 GiB of RAM, all of it there, by the engine's tracker.
+mod scan {
+    use std::time::Duration;
+
+    use divan::Bencher;
+    use divan::counter::BytesCount;
+    use ferry_benches::clean_round::with_tracker;
+    use ferry_engine::vmm::Rearm;
+    use ferry_testbed::tiny::{Control, FIRST_HIGH_PAGE, Order};
+    use ferry_testbed::{Machine, Populate, Qemu, QemuVersion, Turn};
+
+    const GUEST_MIB: u64 = 1024;
+    const BOUND: Duration = Duration::from_secs(60);
+
+    fn guest() -> (Turn, Qemu, Control) {
+        let turn = Turn::take().expect("the lock is a file below target");
+        let machine = Machine::new(QemuVersion::V10_0, GUEST_MIB);
+        let machine = machine.populate(Populate::AtStart).tiny();
+        let qemu = machine.start().expect("testbed/setup has run");
+        let control = Control::attach(qemu.ram(), BOUND).expect("the guest obeys");
+        (turn, qemu, control)
+    }
+
+    /// Nothing written, but for the one page on which the guest counts.
+    #[divan::bench]
+    fn clean(bencher: Bencher<'_, '_>) {
+        let (_turn, qemu, _control) = guest();
+        let scanned = with_tracker(&qemu, |tracker| {
+            tracker.start()?;
+            tracker.collect(Rearm::Yes, &mut |_, _| ())?;
+            bencher
+                .counter(BytesCount::new(GUEST_MIB << 20))
+                .bench_local(|| tracker.collect(Rearm::Yes, &mut |_, _| ()));
+            Ok(())
+        });
+        scanned.expect("the tracker works on this machine");
+    }
+
+    /// A quarter of the pages written since the last scan.
+    #[divan::bench(args = [Rearm::Yes, Rearm::No], sample_count = 20, sample_size = 1)]
+    fn quarter_written(bencher: Bencher<'_, '_>, rearm: Rearm) {
+        let (_turn, qemu, mut control) = guest();
+        let order = Order {
+            first: u32::try_from(FIRST_HIGH_PAGE).expect("a low page"),
+            pages: u32::try_from(GUEST_MIB << 6).expect("few pages") - 1024,
+            stride: 4,
+        };
+        let scanned = with_tracker(&qemu, |tracker| {
+            tracker.start()?;
+            let tracker = std::cell::RefCell::new(tracker);
+            bencher
+                .counter(BytesCount::new(GUEST_MIB << 20))
+                .with_inputs(|| {
+                    let protected = tracker.borrow_mut().collect(Rearm::Yes, &mut |_, _| ());
+                    protected.expect("the tracker works on this machine");
+                    control.carry_out(order, BOUND).expect("the guest obeys");
+                })
+                .bench_local_values(|()| tracker.borrow_mut().collect(rearm, &mut |_, _| ()));
+            Ok(())
+        });
+        scanned.expect("the tracker works on this machine");
+    }
+}
