@@ -34,7 +34,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     write(&args.told, &figures)?;
     print!("{}", table::of(&figures));
-    print!("{}", hold::table(&hold::rows(&figures)));
+    let rows = hold::rows(&figures);
+    if rows.iter().any(|row| row.measured.is_some()) {
+        print!("{}", hold::table(&rows));
+    }
     judge(&args.told, &figures)
 }
 
