@@ -56,6 +56,7 @@ pub mod vmm;
 mod worker;
 
 pub use control::Silence;
+pub use core::encoding::Compression;
 pub use ferry_stream::{link, message};
 pub use job::{Finished, Job, Migration, TargetJob};
 pub use pacer::Bandwidth;

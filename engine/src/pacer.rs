@@ -63,6 +63,14 @@ impl Pacer {
         self.changed.notify_all();
     }
 
+    /// The rate, in bytes a second; none when there is no limit.
+    pub(crate) fn limit(&self) -> Option<u64> {
+        match self.lock().rate {
+            Bandwidth::Unlimited => None,
+            Bandwidth::BytesPerSecond(rate) => Some(rate.get()),
+        }
+    }
+
     /// Lets everybody go at once, now and later.
     pub(crate) fn close(&self) {
         self.lock().closed = true;

@@ -15,20 +15,22 @@ use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until, timeout};
 
 use crate::control::{BoxedConnection, Control, Silence};
+use crate::core::encoding::Compression;
 use crate::core::layout::Layout;
 use crate::core::message::{
     Action, Command, Failure, GuestLeft, Input, Moment, Notice, Outcome, Record, Step,
 };
-use crate::core::meter::Progress;
+use crate::core::meter::{Progress, Report};
 use crate::core::pageset::PageSet;
 use crate::core::source::Source;
 use crate::device_state::{Sink, SinkWatch};
 use crate::dial::{inquire, open_lanes};
 use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
+use crate::lanes::encode::Encoder;
 use crate::lanes::send::{Counters, Outfit, Senders, chain};
 use crate::pacer::Pacer;
-use crate::vmm::{DeviceState, Guest, Ram, Rearm, RunState, Tracker, VmmError};
+use crate::vmm::{DeviceState, Guest, PauseFor, Ram, Rearm, RunState, Tracker, VmmError};
 use crate::worker::{Clock, Facts, Worker, guarded};
 
 /// How often progress is looked at.
@@ -65,6 +67,7 @@ pub(crate) struct Parts {
     pub(crate) connector: Arc<dyn Connector>,
     pub(crate) journal: Journal,
     pub(crate) pacer: Arc<Pacer>,
+    pub(crate) compression: Compression,
     pub(crate) retire: Retire,
     pub(crate) silence: Silence,
     pub(crate) clock: Clock,
@@ -137,6 +140,7 @@ impl Driver {
         let outfit = Outfit {
             ram: Arc::clone(&ram),
             pacer: parts.pacer,
+            encoder: Arc::new(Encoder::new(parts.compression, clock)),
             counters: Arc::new(Counters::default()),
             facts: facts.clone(),
         };
@@ -237,6 +241,9 @@ impl Driver {
                     .order(Step::Flush, |flush| flush().map(|()| Input::Flushed));
             }
             Action::Pause(why) => {
+                if why == PauseFor::Switchover {
+                    self.outfit.encoder.hurry();
+                }
                 let clock = self.clock;
                 self.vm.order(Step::Pause, move |vm| {
                     vm.guest.pause(why).map(|stopped| Input::Paused {
@@ -283,6 +290,7 @@ impl Driver {
     }
 
     fn open_lanes(&mut self, lanes: u16) {
+        self.outfit.encoder.agree(self.machine.features());
         let (connector, session) = (Arc::clone(&self.connector), self.session);
         let (outfit, senders) = (self.outfit.clone(), Arc::clone(&self.senders));
         self.opening.spawn(async move {
@@ -373,7 +381,10 @@ impl Driver {
 
     /// Lets every thread finish what it was ordered, then tells the end.
     async fn finish(mut self, outcome: Outcome) -> Finished {
-        let report = self.machine.report(self.clock.now());
+        let report = Report {
+            encoding: self.outfit.encoder.totals(),
+            ..self.machine.report(self.clock.now())
+        };
         self.opening.shutdown().await;
         self.sink.close();
         self.control.finish(PARTING).await;

@@ -12,6 +12,7 @@ mod unix;
 use std::fmt;
 use std::future::Future;
 use std::io::{self, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -38,6 +39,9 @@ pub trait Connection: AsyncRead + AsyncWrite + Send + Unpin + fmt::Debug {
 pub trait Lane: Read + Write + Send + fmt::Debug {
     /// A handle that ends the connection from another thread.
     fn closer(&self) -> io::Result<Box<dyn Closer>>;
+
+    /// The socket behind it, for what the kernel knows of it: how much waits to be sent.
+    fn socket(&self) -> Option<BorrowedFd<'_>>;
 }
 
 /// Ends a connection from any thread.

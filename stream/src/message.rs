@@ -126,8 +126,17 @@ impl Versions {
 pub struct Features(pub u64);
 
 impl Features {
-    /// None: what every version has.
+    /// None: what every peer of this version has.
     pub const NONE: Self = Self(0);
+
+    /// Page frames packed with LZ4.
+    pub const LZ4: Self = Self(1 << 0);
+
+    /// Page frames packed with Zstandard.
+    pub const ZSTD: Self = Self(1 << 1);
+
+    /// Pages told by how they differ from what was sent before.
+    pub const DELTA: Self = Self(1 << 2);
 
     /// What either has.
     #[must_use]

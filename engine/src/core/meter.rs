@@ -5,6 +5,7 @@ use std::time::Duration;
 use ferry_stream::message::Round;
 
 use crate::core::blackout::{Blackout, Stopwatch};
+use crate::core::encoding::EncodingTotals;
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{LaneTotals, Moment, Phase};
 
@@ -51,6 +52,8 @@ pub struct Report {
     pub zero_pages: u64,
     /// Every round.
     pub rounds: Vec<RoundReport>,
+    /// How the bytes of pages were packed.
+    pub encoding: EncodingTotals,
 }
 
 impl Report {
@@ -255,6 +258,7 @@ impl Meter {
             bytes_wire: self.bytes_wire(),
             zero_pages: self.totals.zero_pages,
             rounds: self.rounds.clone(),
+            encoding: EncodingTotals::default(),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod blackout;
 pub mod converge;
+pub mod encoding;
 pub mod layout;
 pub mod message;
 pub mod meter;

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use super::{Job, Steering, TargetJob};
 use crate::control::Silence;
 use crate::core::converge::{Converge, DowntimeLimit};
+use crate::core::encoding::Compression;
 use crate::core::message::{Input, Notice, Record};
 use crate::core::source::{Source, SourceConfig, SourceLimits};
 use crate::core::target::{Target, TargetConfig, TargetLimits};
@@ -86,6 +87,7 @@ pub struct SourceBuilder {
     config: SourceConfig,
     converge: Box<dyn Converge>,
     bandwidth: Bandwidth,
+    compression: Compression,
     retire: Retire,
     silence: Silence,
 }
@@ -118,6 +120,7 @@ impl Migration {
             downtime_limit: DEFAULT_DOWNTIME_LIMIT,
             timeout: None,
             lanes: 1,
+            features: Compression::default().features(),
             switchover_floor: DEFAULT_SWITCHOVER_FLOOR,
             limits: SourceLimits::default(),
         };
@@ -129,6 +132,7 @@ impl Migration {
             config,
             converge: Box::new(DowntimeLimit::default()),
             bandwidth: Bandwidth::Unlimited,
+            compression: Compression::default(),
             retire: Retire::Quit,
             silence: Silence::default(),
         }
@@ -190,6 +194,14 @@ impl SourceBuilder {
     #[must_use]
     pub fn with_bandwidth(mut self, bandwidth: Bandwidth) -> Self {
         self.bandwidth = bandwidth;
+        self
+    }
+
+    /// Whether pages are packed, and how; default [`Compression::Auto`].
+    #[must_use]
+    pub fn with_compression(mut self, compression: Compression) -> Self {
+        self.compression = compression;
+        self.config.features = compression.features();
         self
     }
 
@@ -284,6 +296,7 @@ impl SourceBuilder {
             connector,
             journal,
             pacer: Arc::clone(&pacer),
+            compression: self.compression,
             retire: self.retire,
             silence: self.silence,
             clock,

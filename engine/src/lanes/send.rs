@@ -13,6 +13,7 @@ use ferry_stream::link::Lane;
 use ferry_stream::message::{LaneId, LaneIndex, Round};
 use ferry_stream::pages::{PageFrame, PageRun, Zeros};
 
+use super::encode::{Encoder, OnLane};
 use super::{Closers, tell_lost};
 use crate::core::layout::{PageRange, RegionIndex};
 use crate::core::message::{Failure, Input, LaneTotals, Step, ZeroPages};
@@ -54,6 +55,7 @@ impl Counters {
 pub(crate) struct Outfit {
     pub(crate) ram: Arc<dyn Ram>,
     pub(crate) pacer: Arc<Pacer>,
+    pub(crate) encoder: Arc<Encoder>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) facts: Facts,
 }
@@ -205,6 +207,7 @@ impl Sender {
                 break;
             }
             self.fill(queue, runs)?;
+            self.encode(queue.round);
             self.outfit.pacer.pay(self.frame.wire_bytes());
             let pages = self.frame.pages();
             let bytes = self.writer.send(&mut *self.lane, &mut self.frame)?;
@@ -225,6 +228,16 @@ impl Sender {
             });
         }
         Ok(())
+    }
+
+    fn encode(&mut self, round: Round) {
+        let lane = OnLane {
+            index: usize::from(self.index.0),
+            round,
+            socket: self.lane.socket(),
+            bandwidth: self.outfit.pacer.limit(),
+        };
+        self.outfit.encoder.encode(&mut self.frame, lane);
     }
 
     /// Copies the runs from guest RAM into the frame, without their zero pages.

@@ -12,6 +12,7 @@
 //! | [`maps`] | its mappings, parsed |
 //! | [`ram_file`], [`mapping`] | the file behind its guest RAM, opened through its own descriptors |
 //! | [`tracker`], [`shared_ram`] | the two put together as [`Tracker`](crate::vmm::Tracker) and [`Ram`](crate::vmm::Ram) |
+//! | [`socket`] | how much of what was written to a socket is still queued |
 //! | [`preflight`] | whether any of it will work, and what to do if not |
 
 pub mod error;
@@ -23,6 +24,7 @@ pub mod pidfd;
 pub mod preflight;
 pub mod ram_file;
 pub mod shared_ram;
+pub mod socket;
 pub mod tracker;
 pub mod uffd;
 

@@ -2,12 +2,13 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use super::{Closer, Lane};
 
 /// A socket of the standard library.
 pub(super) trait Socket:
-    Read + Write + Send + Sync + Sized + std::fmt::Debug + 'static
+    Read + Write + AsFd + Send + Sync + Sized + std::fmt::Debug + 'static
 {
     fn duplicate(&self) -> io::Result<Self>;
     fn end(&self) -> io::Result<()>;
@@ -61,6 +62,10 @@ impl<S: Socket> Write for SocketLane<S> {
 impl<S: Socket> Lane for SocketLane<S> {
     fn closer(&self) -> io::Result<Box<dyn Closer>> {
         Ok(Box::new(SocketCloser(self.0.duplicate()?)))
+    }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
     }
 }
 

@@ -8,7 +8,7 @@ use ferry_engine::core::message::{Command, Phase};
 use ferry_engine::core::source::{SourceConfig, SourceLimits};
 use ferry_engine::core::target::{TargetConfig, TargetLimits};
 use ferry_engine::vmm::RunState;
-use ferry_stream::message::{Mode, SessionId};
+use ferry_stream::message::{Features, Mode, SessionId};
 
 use super::guest::Pattern;
 use super::rng::Rng;
@@ -231,6 +231,7 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
         downtime_limit: rng.micros(1..=4000),
         timeout: rng.percent(30).then(|| rng.micros(100..=50_000)),
         lanes: u16::try_from(rng.within(1..=4)).expect("it is at most 4"),
+        features: Features::NONE,
         switchover_floor: rng.micros(1..=1000),
         limits: SourceLimits {
             greeting: ms(20),

@@ -99,7 +99,8 @@ fn zeros_are_not_sent_and_allocate_nothing() {
     for (source, target) in [(&on_demand, &allocated), (&allocated, &on_demand)] {
         let pair = Pair::boot_towards(source, target);
         let (before, arrived) = (allocated_bytes(&pair.source), pair.arrived_bytes());
-        let moved = pair.begin(&SUSPENDED).moved();
+        let args = [&SUSPENDED[..], &["--compression=none"]].concat();
+        let moved = pair.begin(&args).moved();
         assert_eq!(allocated_bytes(&pair.source), before);
         let wire = moved.json["bytes_wire"].as_u64().unwrap();
         assert!(wire < 256 << 20, "{}", moved.json);

@@ -5,6 +5,7 @@
 
 mod pair;
 
+mod compression;
 mod devices;
 mod giving_up;
 mod happenings;

@@ -425,7 +425,13 @@ fn assert_plausible(json: &Value, page: Option<&StatusPage>) {
     if let Some(page) = page {
         let filled = page.value(Field::Pages).unwrap();
         assert!(rounds[0]["pages"].as_u64().unwrap() >= filled, "{json}");
-        assert!(wire >= filled * PAGE_SIZE as u64, "{json}");
+        // The ratio is told to three digits.
+        let ratio = json["compression"]["ratio"].as_f64().unwrap() + 0.001;
+        let filled_bytes = u32::try_from(filled * PAGE_SIZE as u64).unwrap();
+        assert!(
+            number("bytes_wire") * ratio >= f64::from(filled_bytes),
+            "{json}"
+        );
         assert!(number("throughput_bytes_per_s") > 0.0, "{json}");
     }
 }

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand, value_parser};
+use clap::{Parser, Subcommand, ValueEnum, value_parser};
+use ferry_engine::Compression;
 
 /// The longest `--max-downtime`: a day. Whoever wants more moves without `--live`.
 const MAX_DOWNTIME_MS: u64 = 24 * 60 * 60 * 1000;
@@ -72,6 +73,10 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "MIB_PER_S")]
     pub(crate) bandwidth: Option<NonZeroU64>,
 
+    /// How pages travel: auto packs them where that makes them arrive earlier
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = Packing::Auto)]
+    pub(crate) compression: Packing,
+
     /// After so many seconds pause the guest and finish, whatever the blackout
     #[arg(long, value_name = "S", value_parser = value_parser!(u64).range(..=MAX_TIMEOUT_S))]
     pub(crate) timeout: Option<u64>,
@@ -86,6 +91,26 @@ pub(crate) struct Migrate {
 
     #[command(flatten)]
     pub(crate) common: Common,
+}
+
+/// The values of `--compression`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Packing {
+    Auto,
+    None,
+    Lz4,
+    Zstd,
+}
+
+impl From<Packing> for Compression {
+    fn from(packing: Packing) -> Self {
+        match packing {
+            Packing::Auto => Self::Auto,
+            Packing::None => Self::None,
+            Packing::Lz4 => Self::Lz4,
+            Packing::Zstd => Self::Zstd,
+        }
+    }
 }
 
 impl Migrate {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ferry_engine::Finished;
 use ferry_engine::core::blackout::Blackout;
+use ferry_engine::core::encoding::EncodingTotals;
 use ferry_engine::core::message::{GuestLeft, Outcome, Reason};
 use ferry_engine::core::meter::{Report, RoundReport};
 use ferry_engine::core::outcome::in_full;
@@ -120,6 +121,29 @@ struct Figures {
     throughput_bytes_per_s: u64,
     dirty_bytes_per_s: u64,
     rounds: Vec<JsonRound>,
+    compression: JsonCompression,
+}
+
+#[derive(Serialize)]
+struct JsonCompression {
+    /// Bytes of pages for each byte sent of them.
+    ratio: f64,
+    pages_raw: u64,
+    pages_lz4: u64,
+    pages_zstd: u64,
+    cpu_ms: f64,
+}
+
+impl From<&EncodingTotals> for JsonCompression {
+    fn from(totals: &EncodingTotals) -> Self {
+        Self {
+            ratio: totals.ratio(),
+            pages_raw: totals.raw_pages,
+            pages_lz4: totals.lz4_pages,
+            pages_zstd: totals.zstd_pages,
+            cpu_ms: ms(totals.cpu),
+        }
+    }
 }
 
 /// The parts of the blackout. They add up to `downtime_ms`.
@@ -187,6 +211,7 @@ impl From<&Report> for Figures {
             throughput_bytes_per_s: report.throughput_bytes_per_s(),
             dirty_bytes_per_s: report.dirty_bytes_per_s(),
             rounds: report.rounds.iter().map(JsonRound::from).collect(),
+            compression: JsonCompression::from(&report.encoding),
         }
     }
 }

@@ -59,6 +59,7 @@ async fn start(args: &Migrate) -> Result<Job, Refusal> {
             args.bandwidth
                 .map_or(Bandwidth::Unlimited, Bandwidth::mib_per_second),
         )
+        .with_compression(args.compression.into())
         .with_retire(if args.keep_source {
             Retire::LeaveStopped
         } else {

@@ -49,6 +49,7 @@ pub(super) fn config() -> SourceConfig {
         downtime_limit: Duration::from_millis(50),
         timeout: None,
         lanes: 2,
+        features: Features::NONE,
         switchover_floor: Duration::from_millis(10),
         limits: SourceLimits::default(),
     }

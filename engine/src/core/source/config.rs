@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ferry_stream::message::{Mode, SessionId};
+use ferry_stream::message::{Features, Mode, SessionId};
 
 use crate::vmm::RunState;
 
@@ -21,6 +21,8 @@ pub struct SourceConfig {
     pub timeout: Option<Duration>,
     /// Page lanes to open.
     pub lanes: u16,
+    /// What the lanes are able to do with pages, for the target to choose from.
+    pub features: Features,
     /// What a switchover with nothing dirty costs, for a first prediction.
     pub switchover_floor: Duration,
     /// Bounds on the peer and the VMM.

@@ -32,7 +32,7 @@ use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
-use ferry_stream::message::{Message, Round};
+use ferry_stream::message::{Features, Message, Round};
 
 pub use self::config::{SourceConfig, SourceLimits};
 use self::ending::{Leaving, Undoing};
@@ -79,6 +79,8 @@ struct Shared {
     now: Moment,
     deadline: Option<(Moment, Duration)>,
     timeout: Option<Moment>,
+    /// What both sides are able to do with pages.
+    features: Features,
     round: Round,
     pages_told: u64,
     /// The state in which people want the guest, whatever the engine does with it meanwhile.
@@ -137,6 +139,7 @@ impl Source {
             now: Moment::default(),
             deadline: None,
             timeout,
+            features: Features::NONE,
             round: Round(0),
             pages_told: 0,
             wanted: guest,
@@ -227,6 +230,11 @@ impl Source {
     /// A look at how far it is.
     pub fn progress(&self, now: Moment) -> Progress {
         self.shared.progress(now, self.state.phase())
+    }
+
+    /// What both sides are able to do with pages; none before the target has said so.
+    pub fn features(&self) -> Features {
+        self.shared.features
     }
 
     /// The figures so far.

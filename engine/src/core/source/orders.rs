@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ferry_stream::message::{Features, Hello, Message, Offer, Purpose, RegionInfo, Versions};
+use ferry_stream::message::{Hello, Message, Offer, Purpose, RegionInfo, Versions};
 
 use super::{Link, Shared, SourceConfig, State};
 use crate::core::converge::{Verdict, View};
@@ -28,7 +28,7 @@ impl Shared {
         });
         Hello {
             versions: Versions::OURS,
-            features: Features::NONE,
+            features: self.config.features,
             session: self.config.session,
             purpose: Purpose::Migrate,
             offer: Some(Offer {

@@ -1,6 +1,6 @@
 //! From the greeting to the order to stop: the guest is here, and nothing is lost by giving up.
 
-use ferry_stream::message::{Features, Message, Mode, Versions, Welcome};
+use ferry_stream::message::{Message, Mode, Versions, Welcome};
 
 use super::round::{InFlight, Settled};
 use super::{Flush, Hardware, Shared, State};
@@ -44,13 +44,14 @@ impl Shared {
             return self.refuse(reason);
         }
         let lanes_fit = (1..=self.config.lanes).contains(&welcome.lanes);
-        if !lanes_fit || !Features::NONE.contains(welcome.features) {
+        if !lanes_fit || !self.config.features.contains(welcome.features) {
             let what = "a welcome with more than was offered";
             return self.refuse(Reason::Protocol {
                 what,
                 phase: Phase::Greeting,
             });
         }
+        self.features = welcome.features;
         self.journal(Record::Migrating);
         self.actions.push_back(Action::OpenLanes {
             lanes: welcome.lanes,

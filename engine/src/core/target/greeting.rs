@@ -7,6 +7,9 @@ use super::{Shared, State};
 use crate::core::layout::{Layout, Region};
 use crate::core::message::{Action, GuestLeft, Outcome, Phase, Reason, Record};
 
+/// What page frames a target takes.
+const FEATURES: Features = Features::LZ4.union(Features::ZSTD);
+
 impl Shared {
     pub(super) fn greet(&mut self, hello: Hello) -> State {
         let session = hello.session;
@@ -45,7 +48,7 @@ impl Shared {
         let lanes = offer.lanes.clamp(1, self.config.lanes.max(1));
         Ok(Welcome {
             version,
-            features: Features::NONE,
+            features: hello.features.intersection(FEATURES),
             lanes,
         })
     }

@@ -1,0 +1,270 @@
+//! The chooser in a world of one lane, one link and one target.
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "simulated bytes are few and never negative"
+)]
+
+use std::time::Duration;
+
+use super::*;
+
+/// Where a simulated second goes.
+#[derive(Clone, Copy)]
+struct World {
+    /// Bytes a second that the link carries.
+    link: f64,
+    /// Bytes of pages a second that the target places.
+    target: f64,
+    /// By how much slower cores are than usual.
+    slow: f64,
+    ratio: f64,
+}
+
+const GIGABIT: World = World {
+    link: 118e6,
+    target: 3e9,
+    slow: 1.0,
+    ratio: 4.0,
+};
+
+const CHUNK: f64 = 512.0 * 1024.0;
+
+/// What a sender can have on the way.
+const QUEUE: f64 = 2.0 * 1024.0 * 1024.0;
+
+struct Run {
+    chooser: Chooser,
+    now: f64,
+    queued: f64,
+    /// How much of the wire's bytes pages were, lately.
+    density: f64,
+    packed: u32,
+    sent: u32,
+}
+
+impl Run {
+    fn new(compression: Compression) -> Self {
+        Self {
+            chooser: Chooser::new(compression, 1, |_| true),
+            now: 0.0,
+            queued: 0.0,
+            density: 1.0,
+            packed: 0,
+            sent: 0,
+        }
+    }
+
+    fn pass(&mut self, seconds: f64, world: World) {
+        self.now += seconds;
+        let rate = world.link.min(world.target / self.density);
+        self.queued = (self.queued - seconds * rate).max(0.0);
+    }
+
+    fn moment(&self) -> Moment {
+        Moment(Duration::from_secs_f64(self.now))
+    }
+
+    /// One lane sends chunks for `seconds`; returns the bytes of pages a second.
+    fn send(&mut self, seconds: f64, world: World) -> f64 {
+        let (end, mut data) = (self.now + seconds, 0.0);
+        (self.packed, self.sent) = (0, 0);
+        while self.now < end {
+            // To read it from guest RAM.
+            self.pass(CHUNK / 6e9, world);
+            let mut wire = CHUNK;
+            match self.chooser.advise(self.moment(), Haste::Throughput) {
+                Advice::Raw => {}
+                Advice::Probe(effort) => self.pack(effort, PROBE_BYTES as f64, world),
+                Advice::Pack(effort) if world.ratio > 1.0 => {
+                    self.pack(effort, CHUNK, world);
+                    self.packed += 1;
+                    wire = CHUNK / world.ratio;
+                }
+                Advice::Pack(_) => self.pass(20e-6, world),
+            }
+            self.chooser.sending(
+                self.moment(),
+                Sending {
+                    round: Round(1),
+                    lane: 0,
+                    data_bytes: CHUNK as u64,
+                    wire_bytes: wire as u64,
+                    queued: self.queued as u64,
+                },
+            );
+            self.density += (CHUNK / wire - self.density) * 0.3;
+            self.queued += wire;
+            // The write returns when the rest fits into the queue, and costs a copy.
+            let over = (self.queued - QUEUE).max(0.0);
+            let rate = world.link.min(world.target / self.density);
+            self.pass((over / rate).max(wire / 5e9), world);
+            self.sent += 1;
+            data += CHUNK;
+        }
+        data / (self.now - end + seconds)
+    }
+
+    fn pack(&mut self, effort: Effort, bytes: f64, world: World) {
+        let usual = USUAL.iter().find(|c| c.effort == effort).unwrap();
+        let took = bytes * world.slow / usual.speed;
+        self.pass(took, world);
+        self.chooser.tried(Trial {
+            effort,
+            before: bytes as u64,
+            after: (bytes / world.ratio) as u64,
+            took: Duration::from_secs_f64(took),
+        });
+    }
+}
+
+#[test]
+fn a_slow_link_gets_packed_pages_soon() {
+    let mut run = Run::new(Compression::Auto);
+    run.send(0.1, GIGABIT);
+    assert!(run.packed > 0);
+    let rate = run.send(1.0, GIGABIT);
+    assert!(rate > 350e6, "{rate}");
+    assert_eq!(run.packed, run.sent);
+}
+
+#[test]
+fn a_link_faster_than_the_cores_gets_them_raw() {
+    let world = World {
+        link: 2.5e9,
+        ..GIGABIT
+    };
+    let mut run = Run::new(Compression::Auto);
+    run.send(2.0, world);
+    assert_eq!(run.packed, 0);
+}
+
+#[test]
+fn a_slow_target_is_not_taken_for_a_slow_link() {
+    let world = World {
+        link: 2.5e9,
+        target: 400e6,
+        ..GIGABIT
+    };
+    let mut run = Run::new(Compression::Auto);
+    let rate = run.send(4.0, world);
+    assert!(rate > 0.95 * world.target, "{rate}");
+    assert!(run.packed * 4 < run.sent, "{} {}", run.packed, run.sent);
+}
+
+#[test]
+fn slow_cores_do_not_pack() {
+    let world = World {
+        slow: 10.0,
+        ..GIGABIT
+    };
+    let mut run = Run::new(Compression::Auto);
+    run.send(1.0, world);
+    let rate = run.send(2.0, world);
+    assert!(rate > 0.95 * world.link, "{rate}");
+}
+
+#[test]
+fn what_does_not_become_smaller_costs_a_look() {
+    let world = World {
+        ratio: 1.0,
+        ..GIGABIT
+    };
+    let mut run = Run::new(Compression::Auto);
+    run.send(0.5, world);
+    let rate = run.send(2.0, world);
+    assert!(rate > 0.99 * world.link, "{rate}");
+}
+
+#[test]
+fn follows_a_link_that_changes() {
+    let mut run = Run::new(Compression::Auto);
+    run.send(1.0, GIGABIT);
+    assert!(run.packed * 2 > run.sent);
+    let fast = World {
+        link: 2.5e9,
+        ..GIGABIT
+    };
+    run.send(10.0, fast);
+    let rate = run.send(1.0, fast);
+    assert!(rate > 1.5e9, "{rate}");
+    run.send(1.0, GIGABIT);
+    run.send(1.0, GIGABIT);
+    assert!(run.packed * 2 > run.sent);
+}
+
+#[test]
+fn a_very_slow_link_is_worth_a_higher_level() {
+    let world = World {
+        link: 5e6,
+        ..GIGABIT
+    };
+    let mut run = Run::new(Compression::Zstd);
+    run.send(2.0, world);
+    assert_eq!(run.packed, run.sent);
+    let Advice::Pack(Effort::Zstd(level)) = run.chooser.advise(run.moment(), Haste::Throughput)
+    else {
+        panic!("zstd was asked for");
+    };
+    assert!(level >= 1);
+}
+
+#[test]
+fn the_settings_are_kept() {
+    let mut none = Run::new(Compression::None);
+    none.send(1.0, GIGABIT);
+    assert_eq!(none.packed, 0);
+    assert!(none.chooser.is_idle());
+    let mut lz4 = Run::new(Compression::Lz4);
+    lz4.send(
+        1.0,
+        World {
+            link: 5e9,
+            ..GIGABIT
+        },
+    );
+    assert_eq!(lz4.packed, lz4.sent);
+    let mut unable = Chooser::new(Compression::Zstd, 1, |_| false);
+    assert_eq!(
+        unable.advise(Moment::default(), Haste::Throughput),
+        Advice::Raw
+    );
+}
+
+#[test]
+fn the_last_pages_are_packed_when_they_arrive_sooner_by_it() {
+    let mut run = Run::new(Compression::Auto);
+    assert_eq!(
+        run.chooser.advise(run.moment(), Haste::Latency),
+        Advice::Raw
+    );
+    run.send(1.0, GIGABIT);
+    let advice = run.chooser.advise(run.moment(), Haste::Latency);
+    assert!(matches!(advice, Advice::Pack(_)), "{advice:?}");
+    let mut fast = Run::new(Compression::Auto);
+    fast.send(
+        1.0,
+        World {
+            link: 2.5e9,
+            ..GIGABIT
+        },
+    );
+    assert_eq!(
+        fast.chooser.advise(fast.moment(), Haste::Latency),
+        Advice::Raw
+    );
+}
+
+#[test]
+fn a_limit_is_as_good_as_a_slow_link() {
+    let mut run = Run::new(Compression::Auto);
+    run.chooser.limit(Some(50_000_000));
+    run.send(
+        0.1,
+        World {
+            link: 2.5e9,
+            ..GIGABIT
+        },
+    );
+    assert!(run.packed > 0);
+}
