@@ -256,13 +256,119 @@ impl Book<'_> {
 
 /// A loss may be nothing, or less by chance: whoever loses nothing loses no more than the other.
 fn ratio(ours: f64, best: f64) -> f64 {
-    if ours <= best && best <= 0.0 {
-        1.0
-    } else {
-        ours.max(0.0) / best.max(f64::MIN_POSITIVE)
-    }
+    ours.max(0.0) / best.max(f64::MIN_POSITIVE)
 }
 
 fn moves(series: &Series) -> String {
     format!("{} moves", series.moves.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::case::Case;
+    use crate::figures::GuestFigures;
+    use crate::host::Host;
+    use crate::peer::Memory;
+
+    fn host() -> Host {
+        Host {
+            cpu: String::new(),
+            cpus: 2,
+            memory_mib: 0,
+            kernel: String::new(),
+            qemu: String::new(),
+            ferry: String::new(),
+            testbed: Vec::new(),
+            huge_pages: Default::default(),
+        }
+    }
+
+    /// Moves of these totals in ms, a tenth of that black, a thousandth of it lost in s.
+    fn series(peer: Peer, memory: Memory, totals_ms: &[f64]) -> Series {
+        let moved = |&total_ms: &f64| Move {
+            total_ms,
+            blackout_ms: total_ms / 10.0,
+            guest: Some(GuestFigures {
+                lost_s: total_ms / 1000.0,
+                ..GuestFigures::default()
+            }),
+            ..Move::default()
+        };
+        Series {
+            peer,
+            memory,
+            moves: totals_ms.iter().map(moved).collect(),
+            failures: Vec::new(),
+        }
+    }
+
+    fn figures(ours_ms: &[f64]) -> Figures {
+        let cases = Case::all();
+        let writes = cases.iter().find(|case| case.name == "writes").unwrap();
+        let case = CaseFigures {
+            name: writes.name.into(),
+            what: writes.what.into(),
+            conditions: writes.conditions,
+            series: vec![
+                series(Peer::Ferry, Memory::SharedFile, ours_ms),
+                series(Peer::Precopy, Memory::Private, &[200.0, 220.0, 900.0]),
+                series(Peer::Precopy, Memory::SharedFile, &[300.0]),
+            ],
+            clean_round_ms_per_gib: None,
+        };
+        Figures {
+            host: host(),
+            target_host: None,
+            runs: 3,
+            quick: false,
+            cases: vec![case],
+            left_out: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_best_of_the_others_is_the_measure() {
+        let rows = rows(&figures(&[100.0, 110.0, 120.0]));
+        let row = |what: &str| {
+            let is_it = |row: &&Row| row.case == "writes" && row.what == what;
+            rows.iter().find(is_it).unwrap()
+        };
+        assert_eq!(row(TOTAL.what).measured, Some(0.5));
+        assert_eq!(row(TOTAL.what).holds(), Some(true));
+        assert_eq!(row(LOST.what).measured, Some(0.5));
+        assert_eq!(row("blackout, median, ms").measured, Some(11.0));
+        assert_eq!(row("blackout, the longest, ms").measured, Some(12.0));
+        let unmeasured = rows.iter().filter(|row| row.case != "writes");
+        assert!(unmeasured.clone().count() > 5);
+        assert!(unmeasured.clone().all(|row| row.holds().is_none()));
+    }
+
+    #[test]
+    fn what_is_missed_is_told() {
+        assert_eq!(missed(&figures(&[100.0])), Vec::<String>::new());
+        // Too slow, and once above the limit of 20 ms.
+        let slow = missed(&figures(&[100.0, 115.0, 210.0]));
+        assert_eq!(slow.len(), 2, "{slow:?}");
+        let mut bad = figures(&[100.0]);
+        let run = &mut bad.cases[0].series[0].moves[0];
+        run.guest.as_mut().unwrap().bad = 1;
+        bad.cases[0].series[0].failures.push("it hung".into());
+        // Of a small guest only what no guest may have.
+        bad.quick = true;
+        assert_eq!(missed(&bad).len(), 2);
+    }
+
+    #[test]
+    fn nothing_lost_is_never_too_much() {
+        for (ours, best, expected) in [
+            (-0.1, 0.1, 0.0),
+            (0.0, 0.0, 0.0),
+            (0.0, -0.1, 0.0),
+            (0.2, 0.1, 2.0),
+        ] {
+            assert!((ratio(ours, best) - expected).abs() < 1e-9, "{ours} {best}");
+        }
+        assert!(ratio(0.1, 0.0) > 1.0);
+    }
 }
