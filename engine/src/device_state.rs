@@ -15,8 +15,9 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::control::Outgoing;
 
-/// Most pieces of device state that wait to be sent: bounds the memory when the link is slow.
-const MAX_WAITING: usize = 16;
+/// Most pieces of device state that wait to be sent. On a slow link they are sent ahead of what comes
+/// after the pause, with the guest standing: video memory waits in the VMM, and not here.
+const MAX_WAITING: usize = 2;
 
 /// Length and checksum of the device state so far.
 #[derive(Clone, Debug, Default)]

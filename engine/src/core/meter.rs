@@ -1,5 +1,6 @@
 //! What a migration has cost so far: rounds, rates, the report.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use ferry_stream::message::Round;
@@ -14,6 +15,13 @@ const RATE_SAMPLE_BYTES: u64 = 1 << 20;
 
 /// What is assumed of a link before anything was measured, in bytes a second: 1 Gbit/s.
 const ASSUMED_RATE: u64 = 125_000_000;
+
+/// How many of the latest scans and short rounds are looked at for the slowest: what comes next may be
+/// as slow.
+const OF_LATE: usize = 3;
+
+/// What a round is taken to need besides its pages before a short one was measured.
+const ASSUMED_LATENCY: Duration = Duration::from_millis(1);
 
 /// One round, as it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +128,9 @@ pub(crate) struct Meter {
     open: Option<OpenRound>,
     totals: LaneTotals,
     rate: Option<u64>,
+    collecting: Option<Moment>,
+    scans: OfLate,
+    latencies: OfLate,
     collected_at: Option<Moment>,
     first_page: Option<Moment>,
     stopped: Option<Moment>,
@@ -162,6 +173,10 @@ impl Meter {
         let bytes = totals.bytes - open.before.bytes;
         if bytes >= RATE_SAMPLE_BYTES {
             self.rate = per_second(bytes, took);
+        } else {
+            let nanos = bytes.saturating_mul(1_000_000_000) / self.rate(now);
+            self.latencies
+                .push(took.saturating_sub(Duration::from_nanos(nanos)));
         }
         self.rounds.push(RoundReport {
             round: open.round,
@@ -174,8 +189,16 @@ impl Meter {
         });
     }
 
+    /// Notes the order to collect.
+    pub(crate) fn collecting(&mut self, now: Moment) {
+        self.collecting = Some(now);
+    }
+
     /// Notes a collection that found `pages`, written since the one before.
     pub(crate) fn collected(&mut self, now: Moment, pages: u64) {
+        if let Some(ordered) = self.collecting.take() {
+            self.scans.push(now.since(ordered));
+        }
         let since = self.collected_at.replace(now).map(|at| now.since(at));
         let rate = since.and_then(|since| per_second(pages * PAGE_SIZE as u64, since));
         if let (Some(rate), Some(round)) = (rate, self.rounds.last_mut()) {
@@ -228,6 +251,16 @@ impl Meter {
         within.or(self.rate).unwrap_or(ASSUMED_RATE).max(1)
     }
 
+    /// What a scan takes: the slowest of late.
+    pub(crate) fn scan(&self) -> Duration {
+        self.scans.slowest().unwrap_or_default()
+    }
+
+    /// What a round takes besides sending its pages: the slowest of late.
+    pub(crate) fn latency(&self) -> Duration {
+        self.latencies.slowest().unwrap_or(ASSUMED_LATENCY)
+    }
+
     pub(crate) fn dirty_rate(&self) -> u64 {
         self.rounds
             .last()
@@ -260,6 +293,23 @@ impl Meter {
             rounds: self.rounds.clone(),
             encoding: EncodingTotals::default(),
         }
+    }
+}
+
+/// The latest of some durations.
+#[derive(Debug, Default)]
+struct OfLate(VecDeque<Duration>);
+
+impl OfLate {
+    fn push(&mut self, span: Duration) {
+        if self.0.len() == OF_LATE {
+            self.0.pop_front();
+        }
+        self.0.push_back(span);
+    }
+
+    fn slowest(&self) -> Option<Duration> {
+        self.0.iter().max().copied()
     }
 }
 
@@ -313,6 +363,27 @@ mod tests {
             4 << 20,
             "a short round does not measure the link"
         );
+    }
+
+    #[test]
+    fn the_slowest_of_late_is_what_comes_next() {
+        let mut meter = Meter::default();
+        for (took, expected) in [(9, 9), (2, 9), (3, 9), (4, 4)] {
+            meter.collecting(ms(100));
+            meter.collected(ms(100 + took), 0);
+            assert_eq!(meter.scan(), Duration::from_millis(expected));
+        }
+        assert_eq!(meter.latency(), ASSUMED_LATENCY);
+        meter.begin_round(ms(200), Round(1), 1);
+        meter.end_round(
+            ms(203),
+            LaneTotals {
+                bytes: 125_000,
+                ..LaneTotals::default()
+            },
+        );
+        // 125,000 bytes take 1 ms at the rate that is assumed.
+        assert_eq!(meter.latency(), Duration::from_millis(2));
     }
 
     #[test]

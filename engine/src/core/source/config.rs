@@ -23,7 +23,8 @@ pub struct SourceConfig {
     pub lanes: u16,
     /// What the lanes are able to do with pages, for the target to choose from.
     pub features: Features,
-    /// What a switchover with nothing dirty costs, for a first prediction.
+    /// What the VMMs take of a switchover: pause, device state both ways, resume. What the engine takes
+    /// is measured.
     pub switchover_floor: Duration,
     /// Bounds on the peer and the VMM.
     pub limits: SourceLimits,

@@ -73,6 +73,7 @@ impl Shared {
 
     pub(super) fn collect(&mut self, rearm: Rearm) {
         let into = self.blank_set();
+        self.meter.collecting(self.now);
         self.actions.push_back(Action::Collect { rearm, into });
     }
 
@@ -109,7 +110,9 @@ fn view<'a>(config: &SourceConfig, meter: &'a Meter, now: Moment, dirty_pages: u
         dirty_pages,
         rate_bytes_per_s: meter.rate(now),
         dirty_bytes_per_s: meter.dirty_rate(),
-        floor: config.switchover_floor,
+        vmm: config.switchover_floor,
+        scan: meter.scan(),
+        latency: meter.latency(),
         limit: config.downtime_limit,
     }
 }
