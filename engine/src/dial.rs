@@ -5,29 +5,20 @@ use std::io;
 use ferry_stream::lane::ControlLane;
 use ferry_stream::link::{Connector, Lane};
 use ferry_stream::message::{
-    Features, Hello, LaneId, LaneIndex, Message, Purpose, SessionId, Verdict, Versions,
+    Features, Hello, LaneId, Message, Purpose, SessionId, Verdict, Versions,
 };
 
 use crate::control::BoxedConnection;
 
-/// Opens the page lanes and greets on each.
-pub(crate) async fn open_lanes(
+/// Opens a page lane and greets on it.
+pub(crate) async fn open_lane(
     connector: &dyn Connector,
     session: SessionId,
-    lanes: u16,
-) -> Result<Vec<Box<dyn Lane>>, ferry_stream::Error> {
-    let mut open = Vec::new();
-    for index in 1..=lanes {
-        let mut lane = ControlLane::new(connector.connect().await?);
-        greet(
-            &mut lane,
-            session,
-            Purpose::Lane(LaneId::first(LaneIndex(index))),
-        )
-        .await?;
-        open.push(lane.into_inner()?.into_lane()?);
-    }
-    Ok(open)
+    id: LaneId,
+) -> Result<Box<dyn Lane>, ferry_stream::Error> {
+    let mut lane = ControlLane::new(connector.connect().await?);
+    greet(&mut lane, session, Purpose::Lane(id)).await?;
+    Ok(lane.into_inner()?.into_lane()?)
 }
 
 /// Says hello and waits to be welcomed.

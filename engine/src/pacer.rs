@@ -5,6 +5,7 @@
 //! every sleeper.
 
 use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -77,14 +78,22 @@ impl Pacer {
         self.changed.notify_all();
     }
 
-    /// Pays for `bytes` bytes and waits until they may be sent.
-    pub(crate) fn pay(&self, bytes: u64) {
+    /// Lets whoever has been cut notice it.
+    pub(crate) fn wake(&self) {
+        drop(self.lock());
+        self.changed.notify_all();
+    }
+
+    /// Pays for `bytes` bytes and waits until they may be sent, or the sender is `cut`.
+    pub(crate) fn pay(&self, bytes: u64, cut: &AtomicBool) {
         let mut bucket = self.lock();
         let now = Instant::now();
         let due = bucket.paid_until.max(now.checked_sub(BURST).unwrap_or(now));
         bucket.paid_until = due + bucket.rate.time_for(bytes);
         let changes = bucket.changes;
-        while let Some(wait) = bucket.wait(due, changes) {
+        while let Some(wait) = bucket.wait(due, changes)
+            && !cut.load(Ordering::Acquire)
+        {
             let (guard, _) = self
                 .changed
                 .wait_timeout(bucket, wait)
@@ -132,6 +141,8 @@ mod tests {
 
     use super::*;
 
+    static UNCUT: AtomicBool = AtomicBool::new(false);
+
     fn rate(bytes: u64) -> Bandwidth {
         Bandwidth::BytesPerSecond(NonZeroU64::new(bytes).unwrap())
     }
@@ -142,7 +153,7 @@ mod tests {
         let began = Instant::now();
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| (0..8).for_each(|_| pacer.pay(64 << 10)));
+                scope.spawn(|| (0..8).for_each(|_| pacer.pay(64 << 10, &UNCUT)));
             }
         });
         // 2 MiB at 10 MiB/s are 200 ms, less the burst and the last chunk, which nobody waits for.
@@ -153,12 +164,12 @@ mod tests {
     #[test]
     fn a_higher_rate_wakes_who_sleeps_at_a_low_one() {
         let pacer = Arc::new(Pacer::new(rate(1)));
-        pacer.pay(1 << 20);
+        pacer.pay(1 << 20, &UNCUT);
         let (slept, done) = std::sync::mpsc::channel();
         let sleeper = std::thread::spawn({
             let pacer = Arc::clone(&pacer);
             move || {
-                pacer.pay(1);
+                pacer.pay(1, &UNCUT);
                 slept.send(()).unwrap();
             }
         });
@@ -169,14 +180,28 @@ mod tests {
 
     #[test]
     fn unlimited_never_waits_and_closing_wakes() {
-        Pacer::new(Bandwidth::Unlimited).pay(u64::MAX);
+        Pacer::new(Bandwidth::Unlimited).pay(u64::MAX, &UNCUT);
         let pacer = Arc::new(Pacer::new(rate(1)));
-        pacer.pay(1 << 20);
+        pacer.pay(1 << 20, &UNCUT);
         let sleeper = std::thread::spawn({
             let pacer = Arc::clone(&pacer);
-            move || pacer.pay(1)
+            move || pacer.pay(1, &UNCUT)
         });
         pacer.close();
+        sleeper.join().unwrap();
+    }
+
+    #[test]
+    fn a_sender_that_is_cut_sleeps_no_longer() {
+        let pacer = Arc::new(Pacer::new(rate(1)));
+        pacer.pay(1 << 20, &UNCUT);
+        let cut = Arc::new(AtomicBool::new(false));
+        let sleeper = std::thread::spawn({
+            let (pacer, cut) = (Arc::clone(&pacer), Arc::clone(&cut));
+            move || pacer.pay(1, &cut)
+        });
+        cut.store(true, Ordering::Release);
+        pacer.wake();
         sleeper.join().unwrap();
     }
 }

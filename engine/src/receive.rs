@@ -1,17 +1,17 @@
 //! The target's driver: takes connections, feeds the core, carries out its orders.
 
+mod arrivals;
+
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
 use ferry_stream::lane::ControlLane;
 use ferry_stream::link::Acceptor;
-use ferry_stream::message::{
-    AbortCode, Features, LaneIndex, Message, Purpose, Verdict, Versions, Welcome,
-};
+use ferry_stream::message::LaneId;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{sleep_until, timeout};
+use tokio::time::sleep_until;
 
 use crate::control::{BoxedConnection, Control, Silence};
 use crate::core::message::{
@@ -24,9 +24,9 @@ use crate::device_state::Inbox;
 use crate::greeting::{Arrival, MAX_GREETINGS, accept};
 use crate::job::Finished;
 use crate::journal::Journal;
-use crate::lanes::receive::Receivers;
+use crate::lanes::receive::{Receivers, ReceivingLane, Tally};
 use crate::lanes::send::chain;
-use crate::send::{GREETING_LIMIT, PARTING, VmSide, order_journal};
+use crate::send::{PARTING, VmSide, order_journal};
 use crate::vmm::{Ram, VmmError};
 use crate::worker::{Clock, Facts, Worker};
 
@@ -61,8 +61,8 @@ pub(crate) struct Driver {
     control: Option<Control>,
     ram: Arc<dyn Ram>,
     receivers: Receivers,
-    /// Page lanes that have come; the receivers themselves end when RAM is complete.
-    lanes_came: u16,
+    /// Lanes whose end is waited for.
+    ending: JoinSet<()>,
     state: Inbox,
     inquirers: HashMap<Inquirer, ControlLane<BoxedConnection>>,
     asking: mpsc::UnboundedSender<ControlLane<BoxedConnection>>,
@@ -102,7 +102,7 @@ impl Driver {
             control: None,
             ram: parts.ram,
             receivers: Receivers::default(),
-            lanes_came: 0,
+            ending: JoinSet::new(),
             state: Inbox::default(),
             inquirers: HashMap::new(),
             inquiries: 0,
@@ -199,6 +199,8 @@ impl Driver {
                 self.vm
                     .order(Step::Retire, |vm| vm.guest.quit().map(|()| Input::Quit));
             }
+            Action::EndLane(lane) => self.end_lane(lane),
+            Action::LookAtLanes => self.facts.tell(Input::LanesSeen(self.receivers.seen())),
             Action::CloseLanes => self.close_lanes().await,
             Action::Answer { to, verdict } => self.answer(to, verdict).await,
             Action::Journal(record) => self.write_journal(record),
@@ -215,6 +217,23 @@ impl Driver {
             control.flushed(PARTING).await;
         }
         self.receivers.close();
+    }
+
+    /// Waits, on a thread that may block, until the lane's own has ended: it may be in the middle of
+    /// a page.
+    fn end_lane(&mut self, id: LaneId) {
+        let (lane, facts) = (self.receivers.remove(id), self.facts.clone());
+        self.ending.spawn_blocking(move || {
+            // One that was enlisted and could not be started has brought nothing.
+            let tally = lane.map_or_else(|| Some(Tally::default()), ReceivingLane::end);
+            if let Some(Tally { frames, pages }) = tally {
+                facts.tell(Input::LaneEnded {
+                    lane: id,
+                    frames,
+                    pages,
+                });
+            }
+        });
     }
 
     fn prepare(&self) {
@@ -237,114 +256,11 @@ impl Driver {
         order_journal(&self.journal, record);
     }
 
-    /// A connection has said what it is for.
-    async fn arrived(&mut self, arrival: Arrival) {
-        let known = self.machine.session() == Some(arrival.hello.session);
-        match arrival.hello.purpose {
-            Purpose::Migrate if self.machine.session().is_none() => self.adopt(arrival),
-            Purpose::Migrate => {
-                self.turn_away(arrival, AbortCode::Busy, "another migration is under way");
-            }
-            Purpose::Lane(lane) if known => self.add_lane(arrival, lane.index).await,
-            Purpose::Inquire if known => self.add_inquirer(arrival),
-            Purpose::Lane(_) | Purpose::Inquire => {
-                self.turn_away(
-                    arrival,
-                    AbortCode::Session,
-                    "that session is not at work here",
-                );
-            }
-        }
-    }
-
-    /// This is the migration that is served.
-    fn adopt(&mut self, arrival: Arrival) {
-        let Arrival { lane, hello, peer } = arrival;
-        let session = hello.session;
-        let inbox = Some(self.state.clone());
-        let control = Control::start(lane.reader, lane.writer, inbox, self.silence, &self.facts);
-        self.control = Some(control);
-        self.journal.order(Step::Journal, move |journal| {
-            journal.set_session(session, &peer);
-            // No fact is due: the first record that is written carries the session.
-            Ok::<_, VmmError>(Input::Received(Message::Ping))
-        });
-        self.machine
-            .handle(self.clock.now(), Input::Received(Message::Hello(hello)));
-    }
-
-    async fn add_lane(&mut self, arrival: Arrival, index: LaneIndex) {
-        if index.0 != self.lanes_came + 1 || index.0 > self.machine.lanes() {
-            self.turn_away(arrival, AbortCode::Protocol, "that page lane is not due");
-            return;
-        }
-        self.lanes_came = index.0;
-        let lanes = self.machine.lanes();
-        if let Err(error) = self.start_lane(arrival.lane, index, lanes).await {
-            let what = format!("page {index}: {}", chain(&error));
-            self.facts.tell(Input::LinkLost { what });
-        }
-    }
-
-    async fn start_lane(
-        &mut self,
-        mut lane: ControlLane<BoxedConnection>,
-        index: LaneIndex,
-        lanes: u16,
-    ) -> Result<(), ferry_stream::Error> {
-        lane.writer.send(&Message::Welcome(welcome(lanes))).await?;
-        let lane = lane.into_inner()?.into_lane()?;
-        self.receivers.start(index, lane, &self.ram, &self.facts)?;
-        if index.0 == lanes {
-            self.facts.tell(Input::LanesOpen);
-        }
-        Ok(())
-    }
-
-    /// Somebody wants to ask who owns the guest. The question is waited for elsewhere: a link that
-    /// stands still must not hold up the hand-over. Whoever asked and went away is not missed.
-    fn add_inquirer(&mut self, arrival: Arrival) {
-        let (mut lane, asking) = (arrival.lane, self.asking.clone());
-        self.talks.spawn(async move {
-            let welcomed = lane.writer.send(&Message::Welcome(welcome(0))).await;
-            let asked = timeout(GREETING_LIMIT, lane.reader.next()).await;
-            if let (Ok(()), Ok(Ok(Some(Message::Inquire)))) = (welcomed, asked) {
-                drop(asking.send(lane));
-            }
-        });
-    }
-
-    fn inquired(&mut self, lane: ControlLane<BoxedConnection>) {
-        self.inquiries += 1;
-        let inquirer = Inquirer(self.inquiries);
-        self.inquirers.insert(inquirer, lane);
-        self.machine
-            .handle(self.clock.now(), Input::Inquired(inquirer));
-    }
-
-    /// Tells a connection, in a task of its own, that it is not wanted.
-    fn turn_away(&mut self, arrival: Arrival, code: AbortCode, text: &'static str) {
-        self.talks.spawn(async move {
-            let mut lane = arrival.lane;
-            let abort = Message::Abort {
-                code,
-                text: text.to_owned(),
-            };
-            drop(timeout(PARTING, lane.writer.send(&abort)).await);
-        });
-    }
-
-    async fn answer(&mut self, to: Inquirer, verdict: Verdict) {
-        if let Some(mut lane) = self.inquirers.remove(&to) {
-            // An answer that is lost is asked for again.
-            drop(lane.writer.send(&Message::Answer(verdict)).await);
-        }
-    }
-
     /// Lets every thread finish what it was ordered, then tells the end.
     async fn finish(mut self, outcome: Outcome) -> Finished {
         self.accepting.abort();
         self.talks.shutdown().await;
+        while self.ending.join_next().await.is_some() {}
         self.state.close("the migration is over");
         if let Some(control) = self.control.take() {
             control.finish(PARTING).await;
@@ -379,13 +295,5 @@ fn not_resumed(error: VmmError) -> Input {
     Input::NotResumed {
         ran,
         failure: Failure::new(Step::Resume, error),
-    }
-}
-
-fn welcome(lanes: u16) -> Welcome {
-    Welcome {
-        version: Versions::OURS.highest,
-        features: Features::NONE,
-        lanes,
     }
 }

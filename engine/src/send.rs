@@ -3,35 +3,36 @@
 //! Whatever blocks runs on a thread of its own (see [`crate::worker`]): the VM's calls, the tracker,
 //! the flusher, the journal, each page lane. So this loop never waits for anything but facts.
 
+mod lanes;
+mod vm;
+
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferry_stream::lane::ControlLane;
 use ferry_stream::link::Connector;
-use ferry_stream::message::SessionId;
+use ferry_stream::message::{Message, SessionId};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until, timeout};
 
 use crate::control::{BoxedConnection, Control, Silence};
 use crate::core::encoding::Compression;
-use crate::core::layout::Layout;
 use crate::core::message::{
-    Action, Command, Failure, GuestLeft, Input, Moment, Notice, Outcome, Record, Step,
+    Action, Command, GuestLeft, Input, Moment, Notice, Outcome, Record, Step,
 };
 use crate::core::meter::{Progress, Report};
-use crate::core::pageset::PageSet;
 use crate::core::source::Source;
-use crate::device_state::{Sink, SinkWatch};
-use crate::dial::{inquire, open_lanes};
+use crate::device_state::SinkWatch;
+use crate::dial::inquire;
 use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
 use crate::lanes::encode::Encoder;
 use crate::lanes::send::{Counters, Outfit, Senders, chain};
 use crate::pacer::Pacer;
-use crate::vmm::{DeviceState, Guest, PauseFor, Ram, Rearm, RunState, Tracker, VmmError};
-use crate::worker::{Clock, Facts, Worker, guarded};
+use crate::vmm::{DeviceState, Guest, Ram, Tracker, VmmError};
+use crate::worker::{Clock, Facts, Worker};
 
 /// How often progress is looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -207,7 +208,11 @@ impl Driver {
                 if matches!(input, Input::Retired) && self.retire == Retire::Quit {
                     self.left = Left::Ended;
                 }
+                let greeted = matches!(input, Input::Received(Message::Welcome(_)));
                 self.machine.handle(at, input);
+                if greeted {
+                    self.outfit.encoder.agree(self.machine.features());
+                }
             }
             Event::Command(command) => {
                 self.machine
@@ -225,7 +230,10 @@ impl Driver {
         tracing::debug!(?action, phase = ?self.machine.phase(), "order");
         match action {
             Action::Send(message) => self.control.send(message),
-            Action::OpenLanes { lanes } => self.open_lanes(lanes),
+            Action::OpenLane(lane) => self.open_lane(lane),
+            Action::JoinLane(lane) => lock(&self.senders).join_in(lane),
+            Action::CutLane(lane) => lock(&self.senders).cut(lane, &self.outfit.pacer),
+            Action::Reclaim { lane, frames, into } => self.reclaim(lane, frames, into),
             Action::StartTracking { into } => self.start_tracking(into),
             Action::OpenState => self.open_state(),
             Action::Collect { rearm, into } => self.collect(rearm, into),
@@ -240,31 +248,11 @@ impl Driver {
                 self.flusher
                     .order(Step::Flush, |flush| flush().map(|()| Input::Flushed));
             }
-            Action::Pause(why) => {
-                if why == PauseFor::Switchover {
-                    self.outfit.encoder.hurry();
-                }
-                let clock = self.clock;
-                self.vm.order(Step::Pause, move |vm| {
-                    vm.guest.pause(why).map(|stopped| Input::Paused {
-                        at: clock.moment(stopped.at),
-                        drained: clock.moment(stopped.drained_at),
-                    })
-                });
-            }
-            Action::Inventory => self.vm.order(Step::Inventory, |vm| {
-                vm.guest
-                    .inventory()
-                    .map(|now| Input::Inventoried(Box::new(now)))
-            }),
+            Action::Pause(why) => self.pause(why),
+            Action::Inventory => self.inventory(),
             Action::Save => self.save(),
             Action::Ask => self.ask(),
-            Action::Undo { guest } => {
-                self.sink.close();
-                self.vm.order(Step::Undo, move |vm| {
-                    Ok::<_, VmmError>(Input::Undone(undo(vm, guest)))
-                });
-            }
+            Action::Undo { guest } => self.undo(guest),
             Action::Retire => self.order_retire(),
             Action::StopTracking => self.tracker.order(Step::StopTracking, |side| {
                 side.tracker.stop().map(|()| Input::TrackingStopped)
@@ -275,91 +263,6 @@ impl Driver {
             // The other orders are a target's; the source's machine never gives them.
             other => tracing::error!(?other, "an order that no source has"),
         }
-    }
-
-    /// Closes the page lanes once the words before it have left: the target would see them end and
-    /// not read why.
-    fn close_lanes(&self) {
-        self.outfit.pacer.close();
-        let flushed = self.control.flushed(PARTING);
-        let senders = Arc::clone(&self.senders);
-        tokio::spawn(async move {
-            flushed.await;
-            lock(&senders).close();
-        });
-    }
-
-    fn open_lanes(&mut self, lanes: u16) {
-        self.outfit.encoder.agree(self.machine.features());
-        let (connector, session) = (Arc::clone(&self.connector), self.session);
-        let (outfit, senders) = (self.outfit.clone(), Arc::clone(&self.senders));
-        self.opening.spawn(async move {
-            let facts = outfit.facts.clone();
-            let opened = timeout(GREETING_LIMIT, open_lanes(&*connector, session, lanes)).await;
-            let started = match opened {
-                Ok(Ok(lanes)) => Senders::start(lanes, &outfit).map_err(Into::into),
-                Ok(Err(error)) => Err(error),
-                Err(elapsed) => Err(io::Error::from(elapsed).into()),
-            };
-            match started {
-                Ok(started) => {
-                    *lock(&senders) = started;
-                    facts.tell(Input::LanesOpen);
-                }
-                Err(error) => facts.tell(Input::Failed(Failure::new(Step::OpenLanes, error))),
-            }
-        });
-    }
-
-    fn start_tracking(&self, into: PageSet) {
-        self.tracker.order(Step::StartTracking, move |side| {
-            side.tracker.start()?;
-            populated(&*side.ram, into)
-        });
-    }
-
-    fn collect(&self, rearm: Rearm, mut into: PageSet) {
-        self.tracker.order(Step::Collect, move |side| {
-            let mut outside = None;
-            side.tracker.collect(rearm, &mut |region, range| {
-                outside = into.insert(region, range).err().or(outside);
-            })?;
-            match outside {
-                Some(outside) => Err(VmmError::failed("a tracker reported", outside)),
-                None => Ok(Input::Collected { found: into }),
-            }
-        });
-    }
-
-    fn open_state(&mut self) {
-        let (sink, watch) = Sink::new(self.control.outgoing());
-        self.sink = watch;
-        self.vm.order(Step::OpenState, move |vm| {
-            vm.state.open(Box::new(sink)).map(|()| Input::StateOpen)
-        });
-    }
-
-    fn save(&self) {
-        let sink = self.sink.clone();
-        self.vm.order(Step::Save, move |vm| {
-            vm.state.save()?;
-            let tally = sink.tally();
-            Ok::<_, VmmError>(Input::Saved {
-                bytes: tally.bytes,
-                crc: tally.crc(),
-            })
-        });
-    }
-
-    fn order_retire(&self) {
-        let retire = self.retire;
-        self.vm.order(Step::Retire, move |vm| {
-            match retire {
-                Retire::Quit => vm.guest.quit()?,
-                Retire::LeaveStopped => vm.guest.restore()?,
-            }
-            Ok::<_, VmmError>(Input::Retired)
-        });
     }
 
     /// Asks the target over a connection of its own, which is fenced by the session alone.
@@ -419,36 +322,6 @@ pub(crate) fn order_journal(journal: &Worker<Journal>, record: Record) {
         journal.write(record)?;
         Ok::<_, JournalError>(Input::Journaled(record))
     });
-}
-
-/// Every page that may hold anything but zeros.
-fn populated(ram: &dyn Ram, mut into: PageSet) -> Result<Input, VmmError> {
-    let layout: &Layout = ram.layout();
-    for (region, _) in layout.iter() {
-        let mut outside = None;
-        ram.populated(region, &mut |range| {
-            outside = into.insert(region, range).err().or(outside);
-        })?;
-        if let Some(outside) = outside {
-            return Err(VmmError::failed("guest RAM reported", outside));
-        }
-    }
-    Ok(Input::Tracking { populated: into })
-}
-
-/// Puts the VM back. Every step is tried, whatever became of the one before; the first failure is
-/// told.
-fn undo(vm: &mut VmSide, wanted: RunState) -> Result<RunState, Failure> {
-    let abandoned = guarded(Step::Undo, || vm.state.abandon());
-    let resumed = guarded(Step::Undo, || {
-        let state = vm.guest.run_state()?;
-        if wanted == RunState::Running && state == RunState::Paused {
-            vm.guest.resume()?;
-        }
-        vm.guest.run_state()
-    });
-    let restored = guarded(Step::Undo, || vm.guest.restore());
-    abandoned.and(restored).and(resumed)
 }
 
 /// Beats at which progress is looked at, however much happens between them.

@@ -39,8 +39,8 @@ impl FromStr for SessionId {
     }
 }
 
-/// A pass over guest RAM, counted from 1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// A pass over guest RAM, counted from 1; 0 before the first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Round(pub u32);
 
 impl fmt::Display for Round {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use ferry_engine::core::message::{GuestLeft, Outcome, Phase, Reason};
+use ferry_engine::core::outcome::in_full;
 use ferry_engine::link::Connection;
 use ferry_engine::message::{
     AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
@@ -388,7 +389,7 @@ async fn pages_outside_ram_end_the_migration() -> Outcomes {
             matches!(
                 &ended.outcome,
                 Outcome::Kept { reason: Reason::Failed(failure), .. }
-                    if failure.source.to_string().contains("outside guest RAM")
+                    if in_full(failure).contains("page lane 1: ") && in_full(failure).contains("outside guest RAM")
             ),
             "{ended:?}"
         );

@@ -84,7 +84,16 @@ fn every_world_has_one_owner_and_loses_nothing() {
     }
     let steps: u64 = summaries.iter().map(|summary| summary.steps).sum();
     println!("{seeds} worlds, {steps} steps: {endings:?}\n{reasons:?}");
+    let moved = summaries
+        .iter()
+        .filter(|summary| summary.source == Ending::Moved);
+    let survivors = moved.filter(|summary| summary.lanes_lost > 0).count() as u64;
+    println!("{survivors} moved though they lost lanes");
     if seeds >= SEEDS {
+        assert!(
+            survivors * 100 >= seeds,
+            "hardly a world moved without a lane"
+        );
         covers_everything(&endings, &reasons, seeds);
     }
 }
@@ -143,8 +152,10 @@ fn every_flaw_is_noticed_for_what_it_is() {
             | Flaw::UnseenWrite
             | Flaw::EarlyLastCollection
             | Flaw::TargetNotBlank
-            | Flaw::ZerosSkipped => matches!(violation, Violation::Pages { .. }),
-            Flaw::EndBeforePages => matches!(
+            | Flaw::ZerosSkipped
+            | Flaw::ForgottenChunk
+            | Flaw::FramesClaimed => matches!(violation, Violation::Pages { .. }),
+            Flaw::EndBeforePages | Flaw::FencedInName => matches!(
                 violation,
                 Violation::Pages { .. } | Violation::PlacedAfterRun
             ),

@@ -5,6 +5,7 @@ use std::num::NonZeroU16;
 use std::time::Duration;
 
 use ferry_engine::core::message::{Outcome, Phase, Reason};
+use ferry_engine::core::source::LanePlan;
 use ferry_engine::job::{Job, StartError, TargetJob};
 use ferry_engine::journal::JournalError;
 use ferry_engine::vmm::RunState;
@@ -57,7 +58,9 @@ async fn over_lanes(lanes: u16, rules: Vec<Rule>) -> Moved {
     let target = target.start().await.unwrap();
     let proxy = Proxy::start(address, rules).await.unwrap();
     let lanes = NonZeroU16::new(lanes).unwrap();
-    let source = pair.sending_to(proxy.address()).with_lanes(lanes);
+    let source = pair
+        .sending_to(proxy.address())
+        .with_lanes(LanePlan::Fixed(lanes));
     let job = source.start().await.unwrap();
     let ended = ends(job, target).await;
     let recorded = proxy.recorded();

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use ferry_engine::Bandwidth;
 use ferry_engine::core::message::{Notice, Outcome, Phase, Reason};
+use ferry_engine::core::source::LanePlan;
 use ferry_engine::job::{Job, Retire, SourceBuilder, TargetJob};
 use ferry_engine::link::local;
 use ferry_engine::message::Mode;
@@ -65,7 +66,7 @@ async fn it_moves_over_any_number_of_lanes_and_both_links() -> Outcomes {
     for lanes in [1, 2, 4, 40] {
         let pair = Pair::new(&Model::default())?;
         let lanes = NonZeroU16::new(lanes).unwrap();
-        let ended = moved(&pair, |source| source.with_lanes(lanes)).await;
+        let ended = moved(&pair, |source| source.with_lanes(LanePlan::Fixed(lanes))).await;
         wait_for_writes(&pair, 50)?;
         pair.check(&ended);
         assert!(
@@ -76,7 +77,9 @@ async fn it_moves_over_any_number_of_lanes_and_both_links() -> Outcomes {
         let pair = Pair::new(&Model::default())?;
         let (connector, acceptor) = local();
         let target = pair.receiving(Box::new(acceptor)).start().await?;
-        let source = pair.sending(Arc::new(connector)).with_lanes(lanes);
+        let source = pair
+            .sending(Arc::new(connector))
+            .with_lanes(LanePlan::Fixed(lanes));
         let ended = ends(source.start().await?, target).await;
         pair.check(&ended);
         assert!(

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_stream::message::{Message, Round, Run, Verdict};
+use ferry_stream::message::{LaneId, Message, Round, Run, Verdict};
 
 pub use crate::core::outcome::{Failure, GuestLeft, Notice, Outcome, Phase, Reason, Step};
 use crate::core::pageset::PageSet;
@@ -47,6 +47,40 @@ impl LaneTotals {
     pub fn dealt(&self) -> u64 {
         self.pages + self.skipped_pages
     }
+}
+
+/// What a dead lane brought and did not bring, by the source's log of it.
+#[derive(Debug)]
+pub struct Reclaimed {
+    /// The last round that the lane took part in; 0 for none.
+    pub round: Round,
+    /// Pages of that round which are in place.
+    pub placed: u64,
+    /// Those of them that came after the lane's last end of a round.
+    pub since_end: u64,
+    /// Pages that were taken for the lane and are not in place.
+    pub found: PageSet,
+}
+
+impl Reclaimed {
+    /// Of a lane that took nothing.
+    pub fn nothing(found: PageSet) -> Self {
+        Self {
+            round: Round(0),
+            placed: 0,
+            since_end: 0,
+            found,
+        }
+    }
+}
+
+/// How much has come on a page lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneSeen {
+    /// The lane.
+    pub lane: LaneId,
+    /// Bytes that were read from it since it began.
+    pub bytes: u64,
 }
 
 /// Whether zero pages must be told to the target.
@@ -98,13 +132,27 @@ pub enum Command {
 pub enum Input {
     /// A message came on the control lane.
     Received(Message),
-    /// The control lane, or every page lane, is gone.
+    /// The control lane is gone.
     LinkLost {
         /// How that showed.
         what: String,
     },
-    /// All page lanes stand.
-    LanesOpen,
+    /// Source: the target has welcomed a page lane.
+    LaneOpen(LaneId),
+    /// Source: a page lane could not be opened.
+    LaneUnopened {
+        /// Which.
+        lane: LaneId,
+        /// Why.
+        failure: Failure,
+    },
+    /// A page lane is dead.
+    LaneLost {
+        /// Which.
+        lane: LaneId,
+        /// How that showed.
+        what: String,
+    },
     /// Source: tracking is on, and these pages may hold something else than zeros.
     Tracking {
         /// Read after tracking began.
@@ -114,12 +162,23 @@ pub enum Input {
     StateOpen,
     /// Source: what the lanes have done so far.
     Sent(LaneTotals),
-    /// Source: every lane has sent its end of the round.
-    RoundSent {
+    /// Source: a lane has sent its end of a round.
+    LaneSent {
+        /// Which.
+        lane: LaneId,
         /// The round.
         round: Round,
-        /// What the lanes have done up to that point.
+        /// Pages that it sent in it.
+        pages: u64,
+        /// What all lanes have done up to that point.
         totals: LaneTotals,
+    },
+    /// Source: what a dead lane brought and did not bring.
+    Reclaimed {
+        /// Which.
+        lane: LaneId,
+        /// By the source's log of it.
+        from: Reclaimed,
     },
     /// Source: these pages were written since they were last reported.
     Collected {
@@ -156,11 +215,26 @@ pub enum Input {
     Prepared,
     /// Target: a lane's end of a round came, with everything before it in place.
     RoundEnded {
+        /// Which.
+        lane: LaneId,
         /// The round.
         round: Round,
         /// Pages that came on the lane in it.
         pages: u64,
+        /// Frames of the lane up to and with this end.
+        frames: u64,
     },
+    /// Target: a lane's worker has ended, and writes nothing any more.
+    LaneEnded {
+        /// Which.
+        lane: LaneId,
+        /// Whole frames that came, checked and in place.
+        frames: u64,
+        /// Pages of them since the lane's last end of a round.
+        pages: u64,
+    },
+    /// Target: how much has come on each lane.
+    LanesSeen(Vec<LaneSeen>),
     /// Target: the device state is loaded, the guest complete and paused.
     Loaded,
     /// Target: the guest runs.
@@ -207,10 +281,21 @@ pub struct Inquirer(pub u64);
 pub enum Action {
     /// Send a message on the control lane.
     Send(Message),
-    /// Source: open page lanes. Answered by [`Input::LanesOpen`].
-    OpenLanes {
-        /// How many.
-        lanes: u16,
+    /// Source: open a page lane. Answered by [`Input::LaneOpen`] or [`Input::LaneUnopened`].
+    OpenLane(LaneId),
+    /// Source: give an open lane its part in the open round and in those that follow.
+    JoinLane(LaneId),
+    /// Source: close a lane, or stop opening it. Its worker ends by itself.
+    CutLane(LaneId),
+    /// Source: wait until a lane that was cut has ended, and find out what is not in place of what it
+    /// took. Answered by [`Input::Reclaimed`].
+    Reclaim {
+        /// Which.
+        lane: LaneId,
+        /// Frames of it that are in place: those before this sequence number.
+        frames: u64,
+        /// An empty set to fill.
+        into: PageSet,
     },
     /// Source: begin to track, then list what is populated. Answered by [`Input::Tracking`].
     StartTracking {
@@ -226,7 +311,8 @@ pub enum Action {
         /// An empty set to fill.
         into: PageSet,
     },
-    /// Source: send these pages and end the round on every lane. Answered by [`Input::RoundSent`].
+    /// Source: send these pages and end the round on every lane that has joined. Answered by an
+    /// [`Input::LaneSent`] of each.
     Copy {
         /// The round.
         round: Round,
@@ -258,6 +344,10 @@ pub enum Action {
     StopTracking,
     /// Close every page lane.
     CloseLanes,
+    /// Target: end a lane's worker and wait for it. Answered by [`Input::LaneEnded`].
+    EndLane(LaneId),
+    /// Target: look how much has come on each lane. Answered by [`Input::LanesSeen`].
+    LookAtLanes,
     /// Target: get ready to load. Answered by [`Input::Prepared`].
     Prepare,
     /// Target: begin to load what comes early, and hold the rest back. Answered by

@@ -62,6 +62,10 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// How the bytes of pages were packed.
     pub encoding: EncodingTotals,
+    /// The most page lanes that stood at one time.
+    pub lanes: u16,
+    /// Page lanes that died, or could not be opened.
+    pub lanes_lost: u32,
 }
 
 impl Report {
@@ -106,6 +110,10 @@ pub struct Progress {
     pub predicted_blackout: Option<Duration>,
     /// Time to the end of this round at the present rate.
     pub left: Option<Duration>,
+    /// Page lanes that stand.
+    pub lanes: u16,
+    /// Page lanes that died, or could not be opened, so far.
+    pub lanes_lost: u32,
 }
 
 impl Progress {
@@ -166,8 +174,8 @@ impl Meter {
         }
     }
 
-    pub(crate) fn end_round(&mut self, now: Moment, totals: LaneTotals) {
-        self.totals = totals;
+    pub(crate) fn end_round(&mut self, now: Moment) {
+        let totals = self.totals;
         let Some(open) = self.open.take() else { return };
         let took = now.since(open.began);
         let bytes = totals.bytes - open.before.bytes;
@@ -292,6 +300,8 @@ impl Meter {
             zero_pages: self.totals.zero_pages,
             rounds: self.rounds.clone(),
             encoding: EncodingTotals::default(),
+            lanes: 0,
+            lanes_lost: 0,
         }
     }
 }
@@ -341,17 +351,16 @@ mod tests {
             skipped_pages: 100,
             bytes: 4 << 20,
         };
-        meter.end_round(ms(1010), first);
+        meter.sent(first);
+        meter.end_round(ms(1010));
         meter.collected(ms(1005), 10);
         meter.begin_round(ms(1011), Round(2), 10);
-        meter.end_round(
-            ms(1012),
-            LaneTotals {
-                pages: 910,
-                bytes: (4 << 20) + 100,
-                ..first
-            },
-        );
+        meter.sent(LaneTotals {
+            pages: 910,
+            bytes: (4 << 20) + 100,
+            ..first
+        });
+        meter.end_round(ms(1012));
         let report = meter.report(ms(1013));
         assert_eq!(report.rounds[0].pages, 900);
         assert_eq!(report.rounds[0].dirty_bytes_per_s, 40_960);

@@ -7,6 +7,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferry_stream::message::LaneId;
+
 pub use self::reason::{Reason, in_full};
 use crate::vmm::RunState;
 
@@ -114,6 +116,13 @@ pub enum Notice {
     ResumedAfterGiven,
     /// The link was lost after the guest was given away; the target is asked whose it is.
     AskingTarget,
+    /// A page lane died; the move goes on over the others.
+    LaneLost {
+        /// Which.
+        lane: LaneId,
+        /// How that showed.
+        what: String,
+    },
     /// Something that does not change the outcome went wrong.
     Leftover(String),
 }

@@ -144,8 +144,8 @@ impl PageSet {
 /// A place in a [`PageSet`] from which to go on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
-    region: u16,
-    page: u64,
+    pub(crate) region: u16,
+    pub(crate) page: u64,
 }
 
 /// The pages of one region. Bit `i` of `summary` is set exactly when `words[i]` is not zero.

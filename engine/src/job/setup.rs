@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferry_stream::limits::MAX_LANES;
 use ferry_stream::link::{Acceptor, Connector};
 use ferry_stream::message::{Mode, SessionId};
 use tokio::sync::{mpsc, watch};
@@ -16,7 +17,7 @@ use crate::control::Silence;
 use crate::core::converge::{Converge, DowntimeLimit};
 use crate::core::encoding::Compression;
 use crate::core::message::{Input, Notice, Record};
-use crate::core::source::{Source, SourceConfig, SourceLimits};
+use crate::core::source::{LanePlan, Source, SourceConfig, SourceLimits};
 use crate::core::target::{Target, TargetConfig, TargetLimits};
 use crate::journal::{Entry, Journal, JournalError};
 use crate::pacer::{Bandwidth, Pacer};
@@ -36,7 +37,7 @@ const PAUSED_BY_A_DEAD_ENGINE: &str = "the guest is paused, and ran when an earl
     that died: it is taken for running, and will be let run wherever it ends up";
 
 /// Most page lanes that a target accepts by default.
-const DEFAULT_MAX_LANES: u16 = 16;
+const DEFAULT_MAX_LANES: u16 = MAX_LANES;
 
 /// What becomes of the source's VMM when the guest has moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,8 +121,8 @@ impl Migration {
             run_at_target: None,
             downtime_limit: DEFAULT_DOWNTIME_LIMIT,
             timeout: None,
-            lanes: 1,
             features: Compression::default().features(),
+            lanes: LanePlan::Fixed(NonZeroU16::MIN),
             switchover_floor: DEFAULT_SWITCHOVER_FLOOR,
             limits: SourceLimits::default(),
         };
@@ -170,10 +171,10 @@ impl SourceBuilder {
         self
     }
 
-    /// Page lanes to offer; default 1. The target may take fewer.
+    /// Page lanes to open; default one. The target may take fewer.
     #[must_use]
-    pub fn with_lanes(mut self, lanes: NonZeroU16) -> Self {
-        self.config.lanes = lanes.get();
+    pub fn with_lanes(mut self, lanes: LanePlan) -> Self {
+        self.config.lanes = lanes;
         self
     }
 

@@ -2,44 +2,37 @@
 //! places.
 
 pub(crate) mod encode;
+mod log;
 pub(crate) mod receive;
 pub(crate) mod send;
+mod sender;
 
 use std::thread;
 use std::time::Duration;
 
-use ferry_stream::link::Closer;
-use ferry_stream::message::LaneIndex;
-
-use crate::core::message::Input;
-use crate::core::outcome::in_full;
+use crate::core::message::{Failure, Input, Step};
 use crate::worker::Facts;
 
-/// How much later than the end of a page lane the peer's word on the control lane may come.
+/// How much later than the end of the control lane the peer's last word may be read.
 pub(crate) const LAST_WORD: Duration = Duration::from_millis(100);
 
-/// Tells that a lane has ended. A peer that gives up says why on the control lane and then closes
-/// this one; the two race, and the reason is worth a moment.
-fn tell_lost(facts: &Facts, lane: LaneIndex, error: &ferry_stream::Error) {
-    thread::sleep(LAST_WORD);
-    facts.tell(Input::LinkLost {
-        what: format!("page {lane}: {}", in_full(error)),
-    });
+/// True when a lane that ends so has died, and the migration goes on without it. Wrong bytes are no
+/// death: what else is wrong then, nobody knows.
+fn is_death(error: &ferry_stream::Error) -> bool {
+    use ferry_stream::Error;
+    matches!(error, Error::Io { .. } | Error::Truncated { .. })
 }
 
-/// The means to end every lane from outside its thread.
-#[derive(Debug, Default)]
-pub(crate) struct Closers(Vec<Box<dyn Closer>>);
+/// Tells of a thread that panicked: the migration ends, and the guest is kept.
+struct PanicWatch(Facts);
 
-impl Closers {
-    pub(crate) fn add(&mut self, closer: Box<dyn Closer>) {
-        self.0.push(closer);
-    }
-
-    /// Ends them. A lane that cannot be closed is ended already.
-    pub(crate) fn close(&mut self) {
-        for closer in self.0.drain(..) {
-            drop(closer.close());
+impl Drop for PanicWatch {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.tell(Input::Failed(Failure::new(
+                Step::Pages,
+                "a page worker panicked",
+            )));
         }
     }
 }

@@ -1,71 +1,123 @@
 //! The receiving side of the page lanes: straight from the socket into guest RAM.
 
+use std::io::{self, Read};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::{io, thread};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 
 use crc32fast::Hasher;
 use ferry_stream::lane::{Incoming, PageLaneReader};
-use ferry_stream::link::Lane;
-use ferry_stream::message::{LaneId, LaneIndex};
+use ferry_stream::link::{Closer, Lane};
+use ferry_stream::message::LaneId;
 use ferry_stream::pages::{Encoding, Record};
 
-use super::send::PanicWatch;
-use super::{Closers, tell_lost};
+use super::{PanicWatch, is_death};
 use crate::core::layout::{PageRange, RegionIndex};
-use crate::core::message::{Failure, Input, Step};
+use crate::core::message::{Failure, Input, LaneSeen, Step};
+use crate::core::outcome::in_full;
 use crate::vmm::{Ram, VmmError};
 use crate::worker::Facts;
 
 /// The receiving lanes of a migration.
 #[derive(Default)]
-pub(crate) struct Receivers {
-    threads: Vec<thread::JoinHandle<()>>,
-    closers: Closers,
-    /// Set when this side ends the lanes: that they end is no news then.
+pub(crate) struct Receivers(Vec<ReceivingLane>);
+
+/// A lane, as its owner holds it.
+pub(crate) struct ReceivingLane {
+    id: LaneId,
+    closer: Box<dyn Closer>,
+    /// Bytes that have come.
+    seen: Arc<AtomicU64>,
+    /// Set when this side ends the lane: that it ends is no news then.
     over: Arc<AtomicBool>,
+    thread: thread::JoinHandle<Tally>,
+}
+
+/// What of a lane is checked and in place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    /// Whole frames.
+    pub(crate) frames: u64,
+    /// Pages of those after the lane's last end of a round.
+    pub(crate) pages: u64,
 }
 
 impl Receivers {
     /// Starts a thread for a lane that has said hello.
     pub(crate) fn start(
         &mut self,
-        index: LaneIndex,
+        id: LaneId,
         lane: Box<dyn Lane>,
         ram: &Arc<dyn Ram>,
         facts: &Facts,
     ) -> io::Result<()> {
-        self.closers.add(lane.closer()?);
-        let reader = PageLaneReader::new(LaneId::first(index));
+        let closer = lane.closer()?;
+        let (seen, over) = (Arc::default(), Arc::default());
         let receiver = Receiver {
-            index,
-            lane,
-            reader,
+            id,
+            lane: Counted {
+                lane,
+                seen: Arc::clone(&seen),
+            },
+            reader: PageLaneReader::new(id),
             ram: Arc::clone(ram),
             facts: facts.clone(),
-            over: Arc::clone(&self.over),
+            over: Arc::clone(&over),
         };
-        let name = format!("ferry-lane-{}", index.0);
-        self.threads.push(
-            thread::Builder::new()
-                .name(name)
-                .spawn(move || receiver.run())?,
-        );
+        let thread = thread::Builder::new()
+            .name(format!("ferry-lane-{}", id.index.0))
+            .spawn(move || receiver.run())?;
+        self.0.push(ReceivingLane {
+            id,
+            closer,
+            seen,
+            over,
+            thread,
+        });
         Ok(())
     }
 
+    /// Gives away a lane that is to be ended.
+    pub(crate) fn remove(&mut self, id: LaneId) -> Option<ReceivingLane> {
+        let at = self.0.iter().position(|lane| lane.id == id)?;
+        Some(self.0.swap_remove(at))
+    }
+
+    /// How much has come on each lane.
+    pub(crate) fn seen(&self) -> Vec<LaneSeen> {
+        let seen = |lane: &ReceivingLane| LaneSeen {
+            lane: lane.id,
+            bytes: lane.seen.load(Ordering::Relaxed),
+        };
+        self.0.iter().map(seen).collect()
+    }
+
     /// Ends every lane, whatever it is doing.
-    pub(crate) fn close(&mut self) {
-        self.over.store(true, Ordering::Release);
-        self.closers.close();
+    pub(crate) fn close(&self) {
+        self.0.iter().for_each(ReceivingLane::close);
     }
 
     /// Waits for the threads, which end once closed: after this nothing writes guest RAM.
     pub(crate) fn join(&mut self) {
         self.close();
-        for thread in self.threads.drain(..) {
-            drop(thread.join());
+        for lane in self.0.drain(..) {
+            drop(lane.thread.join());
         }
+    }
+}
+
+impl ReceivingLane {
+    fn close(&self) {
+        self.over.store(true, Ordering::Release);
+        // One that cannot be closed is ended already.
+        drop(self.closer.close());
+    }
+
+    /// Ends the lane and waits for its thread: after this nothing of it writes guest RAM. None of a
+    /// lane that broke down: it has told so, and the migration ends.
+    pub(crate) fn end(self) -> Option<Tally> {
+        self.close();
+        self.thread.join().ok()
     }
 }
 
@@ -83,10 +135,18 @@ enum PlaceError {
     },
 }
 
+/// What went wrong on which lane.
+#[derive(Debug, thiserror::Error)]
+#[error("page {lane}")]
+struct OnLane {
+    lane: LaneId,
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
 /// One lane's thread.
 struct Receiver {
-    index: LaneIndex,
-    lane: Box<dyn Lane>,
+    id: LaneId,
+    lane: Counted,
     reader: PageLaneReader,
     ram: Arc<dyn Ram>,
     facts: Facts,
@@ -94,46 +154,78 @@ struct Receiver {
 }
 
 impl Receiver {
-    fn run(mut self) {
+    /// Takes in frame after frame. Whatever ends it, what is in place is told to whoever waits.
+    fn run(mut self) -> Tally {
         let _watch = PanicWatch(self.facts.clone());
         while !self.over.load(Ordering::Acquire) {
             match self.next() {
                 Ok(Some(fact)) => self.facts.tell(fact),
                 Ok(None) => {}
-                Err(_) if self.over.load(Ordering::Acquire) => return,
                 Err(error) => {
-                    return self.tell_broken(error);
+                    if !self.over.load(Ordering::Acquire) {
+                        self.tell_broken(error);
+                    }
+                    break;
                 }
             }
+        }
+        Tally {
+            frames: self.reader.frames(),
+            pages: self.reader.pages(),
         }
     }
 
     /// Takes in one frame.
     fn next(&mut self) -> Result<Option<Input>, PlaceError> {
-        match self.reader.next(&mut *self.lane)? {
+        let (round, pages) = match self.reader.next(&mut self.lane)? {
             Incoming::Pages(body) => {
                 let ram = &*self.ram;
                 body.place(|record, data, hasher| place(ram, record, data, hasher))?;
-                Ok(None)
+                return Ok(None);
             }
-            Incoming::RoundEnd { round, pages } => Ok(Some(Input::RoundEnded { round, pages })),
+            Incoming::RoundEnd { round, pages } => (round, pages),
             Incoming::End => {
-                Err(ferry_stream::Error::from(io::Error::from(io::ErrorKind::UnexpectedEof)).into())
+                let end = io::Error::from(io::ErrorKind::UnexpectedEof);
+                return Err(ferry_stream::Error::from(end).into());
             }
-        }
+        };
+        Ok(Some(Input::RoundEnded {
+            lane: self.id,
+            round,
+            pages,
+            frames: self.reader.frames(),
+        }))
     }
 
     fn tell_broken(&self, error: PlaceError) {
-        let failure = match error {
-            PlaceError::Wire(
-                error @ (ferry_stream::Error::Io { .. } | ferry_stream::Error::Truncated { .. }),
-            ) => return tell_lost(&self.facts, self.index, &error),
+        let lane = self.id;
+        let source: Box<dyn std::error::Error + Send + Sync> = match error {
+            PlaceError::Wire(error) if is_death(&error) => {
+                let what = in_full(&error);
+                return self.facts.tell(Input::LaneLost { lane, what });
+            }
             // Each as it is, so that the peer can be told by a code what went wrong.
-            PlaceError::Wire(error) => Failure::new(Step::Pages, error),
-            PlaceError::Vmm(error) => Failure::new(Step::Pages, error),
-            error @ PlaceError::OutsideRam { .. } => Failure::new(Step::Pages, error),
+            PlaceError::Wire(error) => error.into(),
+            PlaceError::Vmm(error) => error.into(),
+            error @ PlaceError::OutsideRam { .. } => error.into(),
         };
+        let failure = Failure::new(Step::Pages, OnLane { lane, source });
         self.facts.tell(Input::Failed(failure));
+    }
+}
+
+/// A lane that counts what comes, so that one in a black hole can be told from a slow one.
+#[derive(Debug)]
+struct Counted {
+    lane: Box<dyn Lane>,
+    seen: Arc<AtomicU64>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = self.lane.read(into)?;
+        self.seen.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
     }
 }
 

@@ -14,7 +14,6 @@ use super::worker::{Job, THREADS, Thread, Worker};
 use super::world::World;
 
 /// One end: a VM, and a driver with its threads.
-#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct End {
     pub(super) vm: Vm,
     pub(super) workers: [Worker; THREADS],
@@ -27,7 +26,6 @@ pub(super) struct End {
     /// False once its control lane is known to be gone.
     pub(super) reading: bool,
     pub(super) lanes_closed: bool,
-    pub(super) lanes_lost: bool,
     pub(super) outcome: Option<Outcome>,
     /// Added to what it does next.
     pub(super) frozen: Duration,
@@ -48,7 +46,6 @@ impl End {
             pipe: Pipe::default(),
             reading: true,
             lanes_closed: false,
-            lanes_lost: false,
             outcome: None,
             frozen: Duration::ZERO,
             ticking: false,

@@ -21,8 +21,16 @@ pub(super) enum Event {
     LaneSent(usize),
     /// Something arrives on a lane.
     LaneArrives(usize, Frame),
-    /// The target's worker of a lane has placed it.
-    LanePlaces(usize, Frame),
+    /// The target's worker of a lane has placed what arrived first, or this, which is late.
+    LanePlaces(usize, Option<Frame>),
+    /// The hello of a lane arrives.
+    LaneHello(usize),
+    /// Its answer arrives: whether it is welcome.
+    LaneAnswered(usize, bool),
+    /// A side notices that a lane is gone.
+    LaneNotices(Side, usize),
+    /// The target's worker of a lane ends.
+    LaneEnds(usize),
     /// A message arrives on the control lane.
     Arrives(Side, Message),
     /// A side notices that a link is gone.
@@ -43,7 +51,7 @@ impl Event {
     /// A fact as an event, where it has a twin that may come late.
     pub(super) fn twin(side: Side, input: &Input) -> Option<Self> {
         let twin = match input {
-            Input::LanesOpen => Input::LanesOpen,
+            Input::LaneOpen(lane) => Input::LaneOpen(*lane),
             Input::StateOpen => Input::StateOpen,
             Input::Flushed => Input::Flushed,
             Input::Paused { at, drained } => Input::Paused {

@@ -31,11 +31,17 @@ pub enum Flaw {
     LostFact,
     /// The source leaves its page lanes and its tracking as they are.
     LeftBehind,
+    /// The target says that a lane is fenced, and its worker is still at it.
+    FencedInName,
+    /// What a dead lane took first and did not bring is forgotten.
+    ForgottenChunk,
+    /// The target claims a frame of a dead lane that it did not place.
+    FramesClaimed,
 }
 
 impl Flaw {
     /// Every flaw.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 17] = [
         Self::ForgottenPage,
         Self::UnseenWrite,
         Self::EarlyLastCollection,
@@ -50,5 +56,8 @@ impl Flaw {
         Self::RunAgain,
         Self::LostFact,
         Self::LeftBehind,
+        Self::FencedInName,
+        Self::ForgottenChunk,
+        Self::FramesClaimed,
     ];
 }

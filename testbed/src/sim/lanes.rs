@@ -1,40 +1,86 @@
 //! Page workers at both ends. Contents are copied here, while the guest writes, and never by the
 //! machines.
 
-use ferry_engine::core::layout::{PageRange, RegionIndex};
+use std::collections::VecDeque;
+use std::mem;
+use std::time::Duration;
+
 use ferry_engine::core::message::{Input, ZeroPages};
+use ferry_engine::core::pageset::PageSet;
+use ferry_stream::message::Round;
 
 use super::checks::Violation;
 use super::event::Event;
 use super::flaw::Flaw;
 use super::guest::Content;
-use super::link::{Frame, LaneJob};
+use super::link::{Chunk, Frame, LaneJob, Logged, Queue};
 use super::plan::Side;
 use super::worker::Thread;
 use super::world::World;
 
-/// How late pages are with [`Flaw::EndBeforePages`].
-const LATE: std::time::Duration = std::time::Duration::from_millis(3);
+/// Most pages that a worker reads at once.
+const CHUNK_PAGES: u64 = 5;
+
+/// How late pages are with the flaws that have them come late.
+pub(super) const LATE: Duration = Duration::from_millis(3);
 
 impl World {
+    /// Offers the pages of a round to the lanes that take part.
+    pub(super) fn copy(&mut self, round: Round, pages: &PageSet, zeros: ZeroPages) {
+        let zeros = match self.flaw {
+            Some(Flaw::ZerosSkipped) => ZeroPages::Skip,
+            _ => zeros,
+        };
+        let mut chunks = VecDeque::new();
+        for (region, mut rest) in pages.ranges() {
+            while !rest.is_empty() {
+                let mut range = rest;
+                range.count = rest.count.min(CHUNK_PAGES);
+                rest.first.0 += range.count;
+                rest.count -= range.count;
+                chunks.push_back(Chunk { region, range });
+            }
+        }
+        self.queue = Some(Queue {
+            round,
+            zeros,
+            chunks,
+        });
+        for lane in 0..self.lanes.len() {
+            self.work(lane);
+        }
+    }
+
     /// A worker turns to its next job: reading begins now, and ends later.
-    pub(super) fn read_next(&mut self, lane: usize) {
-        if self.lanes[lane].current.is_some() {
+    pub(super) fn work(&mut self, lane: usize) {
+        let Some(queue) = &mut self.queue else { return };
+        let sender = &mut self.lanes[lane].sender;
+        if sender.cut || !sender.joined || sender.job.is_some() {
             return;
         }
-        let Some(job) = self.lanes[lane].jobs.pop_front() else {
+        if sender.round < queue.round {
+            sender.round = queue.round;
+            sender.ended = false;
+            sender.first = sender.frames;
+            sender.log.clear();
+        }
+        if sender.ended {
             return;
+        }
+        let job = match queue.chunks.pop_front() {
+            Some(chunk) => {
+                sender.log.push(Logged { chunk, told: 0 });
+                let zeros = queue.zeros;
+                LaneJob::Copy(chunk, zeros, self.contents(chunk))
+            }
+            None => LaneJob::End(queue.round),
         };
-        let before = match &job {
-            LaneJob::Copy(region, range, _) => self.contents(*region, *range),
-            LaneJob::End(_) => Vec::new(),
-        };
-        self.lanes[lane].current = Some((job, before));
+        self.lanes[lane].sender.job = Some(job);
         let takes = self.rng.micros(1..=self.plan.work_us.start() * 4);
         self.after(takes, Event::LaneSent(lane));
     }
 
-    fn contents(&self, region: RegionIndex, range: PageRange) -> Vec<Content> {
+    fn contents(&self, Chunk { region, range }: Chunk) -> Vec<Content> {
         let ram = &self.at(Side::Source).vm.ram;
         (range.first.0..range.end().0)
             .map(|page| ram.page(region, page))
@@ -42,36 +88,24 @@ impl World {
     }
 
     pub(super) fn lane_sent(&mut self, lane: usize) {
-        let Some((job, before)) = self.lanes[lane].current.take() else {
+        if self.lanes[lane].sender.cut {
             return;
-        };
-        let frame = match job {
-            LaneJob::Copy(region, range, zeros) => {
-                Some(self.pages_frame(lane, region, range, zeros, &before))
-            }
-            LaneJob::End(round) => {
-                let pages = std::mem::take(&mut self.lanes[lane].told);
-                Some(Frame::End { round, pages })
-            }
-        };
-        if let Some(frame) = frame {
-            self.put_on_lane(lane, frame);
         }
-        self.read_next(lane);
+        match self.lanes[lane].sender.job.take() {
+            Some(LaneJob::Copy(chunk, zeros, before)) => {
+                self.send_pages(lane, chunk, zeros, &before);
+            }
+            Some(LaneJob::End(round)) => self.send_end(lane, round),
+            None => return,
+        }
+        self.work(lane);
     }
 
-    /// What a copy holds that was begun with `before` and ends now.
-    fn pages_frame(
-        &mut self,
-        lane: usize,
-        region: RegionIndex,
-        range: PageRange,
-        zeros: ZeroPages,
-        before: &[Content],
-    ) -> Frame {
-        let after = self.contents(region, range);
+    /// Sends what a copy holds that was begun with `before` and ends now.
+    fn send_pages(&mut self, lane: usize, chunk: Chunk, zeros: ZeroPages, before: &[Content]) {
+        let after = self.contents(chunk);
         let mut told = Vec::new();
-        for (page, (before, after)) in (range.first.0..).zip(before.iter().zip(after)) {
+        for (page, (before, after)) in (chunk.range.first.0..).zip(before.iter().zip(after)) {
             let content = if *before == after {
                 after
             } else {
@@ -88,69 +122,116 @@ impl World {
         let count = told.len() as u64;
         self.totals.pages += count;
         self.totals.bytes += count * self.plan.page_bytes;
-        self.lanes[lane].told += count;
         if self.rng.once_in(4) {
             let totals = self.totals;
             // Read off a counter by somebody else than the lanes: it may come late.
             self.report(Side::Source, Thread::Reader, Input::Sent(totals));
         }
-        Frame::Pages { region, told }
+        let log = &mut self.lanes[lane].sender.log;
+        match log.last_mut() {
+            // Nothing to tell is no frame.
+            _ if count == 0 => drop(log.pop()),
+            Some(logged) => logged.told = count,
+            None => {}
+        }
+        if count > 0 {
+            let region = chunk.region;
+            self.put_on_lane(lane, Frame::Pages { region, told });
+        }
+    }
+
+    fn send_end(&mut self, lane: usize, round: Round) {
+        let sender = &mut self.lanes[lane].sender;
+        sender.ended = true;
+        let pages = sender.log.iter().map(|logged| logged.told).sum();
+        let id = self.lanes[lane].id;
+        self.put_on_lane(lane, Frame::End { round, pages });
+        let fact = Input::LaneSent {
+            lane: id,
+            round,
+            pages,
+            totals: self.totals,
+        };
+        self.report(Side::Source, Thread::Lanes, fact);
     }
 
     fn put_on_lane(&mut self, lane: usize, frame: Frame) {
-        let end = match &frame {
-            Frame::End { round, .. } => Some(*round),
-            Frame::Pages { .. } => None,
-        };
+        self.lanes[lane].sender.frames += 1;
         let wire = self.plan.wire_us.clone();
         let arrives = self.lanes[lane].pipe.send(self.now, &mut self.rng, &wire);
         if let Some(at) = arrives {
             self.schedule(at, Event::LaneArrives(lane, frame));
         }
-        let Some(round) = end else { return };
-        self.lanes_ended += 1;
-        if self.lanes_ended == self.lanes.len() {
-            let totals = self.totals;
-            self.report(
-                Side::Source,
-                Thread::Lanes,
-                Input::RoundSent { round, totals },
-            );
-        }
     }
 
     pub(super) fn lane_arrives(&mut self, lane: usize, frame: Frame) {
-        if !self.lanes[lane].pipe.delivers(self.now) || self.at(Side::Target).lanes_closed {
+        let taken = self.lanes[lane].pipe.delivers(self.now)
+            && !self.at(Side::Target).lanes_closed
+            && !self.lanes[lane].receiver.ending;
+        if !taken {
             return;
         }
         let takes = self.rng.micros(1..=self.plan.work_us.start() * 4);
-        let placed = self.lanes[lane].placed.max(self.now) + takes;
-        self.lanes[lane].placed = placed;
         let late = self.flaw == Some(Flaw::EndBeforePages) && matches!(frame, Frame::Pages { .. });
-        let at = if late { placed + LATE } else { placed };
-        self.schedule(at, Event::LanePlaces(lane, frame));
+        let receiver = &mut self.lanes[lane].receiver;
+        receiver.seen += 1;
+        receiver.placed = receiver.placed.max(self.now) + takes;
+        let at = receiver.placed;
+        if late {
+            self.schedule(at + LATE, Event::LanePlaces(lane, Some(frame)));
+        } else {
+            receiver.arrived.push_back(frame);
+            self.schedule(at, Event::LanePlaces(lane, None));
+        }
     }
 
-    pub(super) fn lane_places(&mut self, lane: usize, frame: &Frame) -> Result<(), Violation> {
-        let end = self.end(Side::Target);
-        if end.lanes_closed || !end.vm.alive {
+    /// The target's worker has placed a frame: the oldest that has arrived, or this one, which is late.
+    pub(super) fn lane_places(
+        &mut self,
+        lane: usize,
+        late: Option<Frame>,
+    ) -> Result<(), Violation> {
+        let frame = late.or_else(|| self.lanes[lane].receiver.arrived.pop_front());
+        let idle = self.lanes[lane].receiver.over || self.at(Side::Target).lanes_closed;
+        let Some(frame) = frame.filter(|_| !idle && self.at(Side::Target).vm.alive) else {
             return Ok(());
-        }
+        };
         match frame {
             Frame::Pages { region, told } => {
-                if end.vm.has_run && end.vm.run_by == super::guest::RunBy::Engine {
-                    return Err(Violation::PlacedAfterRun);
-                }
-                for (page, content) in told {
-                    end.vm.ram.fill(*region, *page, *content);
-                }
+                self.place(region, &told)?;
+                let receiver = &mut self.lanes[lane].receiver;
+                receiver.frames += 1;
+                receiver.pages += told.len() as u64;
             }
             Frame::End { round, pages } => {
-                let (round, pages) = (*round, *pages);
                 self.note(|| format!("lane {lane} placed its end of {round}"));
-                let fact = Input::RoundEnded { round, pages };
+                let (id, receiver) = (self.lanes[lane].id, &mut self.lanes[lane].receiver);
+                receiver.frames += 1;
+                receiver.pages = 0;
+                let frames = receiver.frames;
+                let fact = Input::RoundEnded {
+                    lane: id,
+                    round,
+                    pages,
+                    frames,
+                };
                 self.report(Side::Target, Thread::Lanes, fact);
             }
+        }
+        Ok(())
+    }
+
+    pub(super) fn place(
+        &mut self,
+        region: ferry_engine::core::layout::RegionIndex,
+        told: &[(u64, Content)],
+    ) -> Result<(), Violation> {
+        let vm = &mut self.end(Side::Target).vm;
+        if vm.has_run && vm.run_by == super::guest::RunBy::Engine {
+            return Err(Violation::PlacedAfterRun);
+        }
+        for (page, content) in told {
+            vm.ram.fill(region, *page, *content);
         }
         Ok(())
     }
@@ -158,19 +239,17 @@ impl World {
     /// A side closes its page lanes; the other finds out.
     pub(super) fn close_lanes(&mut self, side: Side) {
         self.end(side).lanes_closed = true;
-        let mut last = self.now;
-        for lane in &mut self.lanes {
-            if side == Side::Source {
-                lane.jobs.clear();
+        for at in 0..self.lanes.len() {
+            let lane = &mut self.lanes[at];
+            let known = match side {
+                Side::Source => mem::replace(&mut lane.sender.cut, true),
+                Side::Target => mem::replace(&mut lane.receiver.over, true),
+            };
+            let last = lane.pipe.close(self.now);
+            if !known {
+                let notice = self.rng.micros(self.plan.wire_us.clone());
+                self.schedule(last + notice, Event::LaneNotices(side.other(), at));
             }
-            last = last.max(lane.pipe.close(self.now));
-        }
-        if !self.lanes.is_empty() {
-            let notice = self.rng.micros(self.plan.wire_us.clone());
-            self.schedule(
-                last + notice,
-                Event::Notices(side.other(), super::net::PAGE_LANES),
-            );
         }
         if side == Side::Target {
             self.unpark();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ferry_engine::core::layout::{PageRange, RegionIndex};
 use ferry_engine::core::message::ZeroPages;
-use ferry_stream::message::Round;
+use ferry_stream::message::{LaneId, Round};
 
 use super::guest::Content;
 use super::rng::Rng;
@@ -51,6 +51,11 @@ impl Pipe {
         self.last.max(now)
     }
 
+    /// True as long as it was neither cut nor closed.
+    pub(super) fn stands(&self) -> bool {
+        !self.cut
+    }
+
     /// True when what comes in at `now` came before the cut.
     pub(super) fn delivers(&self, now: Duration) -> bool {
         self.ends.is_none_or(|ends| now <= ends)
@@ -76,26 +81,104 @@ pub(super) enum Frame {
     },
 }
 
-/// What a lane's worker has to do at the source.
-#[derive(Clone, Debug)]
+/// Pages that lie side by side.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Chunk {
+    /// Their region.
+    pub(super) region: RegionIndex,
+    /// Which.
+    pub(super) range: PageRange,
+}
+
+/// A round, shared by the lanes.
+#[derive(Debug)]
+pub(super) struct Queue {
+    /// Which.
+    pub(super) round: Round,
+    /// Whether zeros are told.
+    pub(super) zeros: ZeroPages,
+    /// What nobody has taken yet.
+    pub(super) chunks: VecDeque<Chunk>,
+}
+
+/// What a lane's worker at the source is at.
+#[derive(Debug)]
 pub(super) enum LaneJob {
-    /// Read these pages and send them.
-    Copy(RegionIndex, PageRange, ZeroPages),
-    /// End the round.
+    /// Reading these pages, which held this when it began.
+    Copy(Chunk, ZeroPages, Vec<Content>),
+    /// Ending the round.
     End(Round),
 }
 
-/// A page lane with its workers at both ends.
-#[derive(Debug, Default)]
+/// A frame in the log of the source's worker.
+#[derive(Debug)]
+pub(super) struct Logged {
+    /// What was taken for it.
+    pub(super) chunk: Chunk,
+    /// Pages told of it.
+    pub(super) told: u64,
+}
+
+/// One connection of a page lane, with its workers at both ends.
+#[derive(Debug)]
 pub(super) struct Lane {
-    /// What the source's worker has still to do.
-    pub(super) jobs: VecDeque<LaneJob>,
-    /// What it is at, with the pages as they were when it began to read.
-    pub(super) current: Option<(LaneJob, Vec<Content>)>,
+    /// Which.
+    pub(super) id: LaneId,
     /// The connection.
     pub(super) pipe: Pipe,
-    /// Pages told in this round.
-    pub(super) told: u64,
-    /// When the target's worker will have done all that has arrived.
+    /// The source's worker.
+    pub(super) sender: Sender,
+    /// The target's worker.
+    pub(super) receiver: Receiver,
+}
+
+/// The source's worker of a lane.
+#[derive(Debug, Default)]
+pub(super) struct Sender {
+    /// It takes part.
+    pub(super) joined: bool,
+    /// It was ended.
+    pub(super) cut: bool,
+    /// What it is at.
+    pub(super) job: Option<LaneJob>,
+    /// The round it is in, or was last.
+    pub(super) round: Round,
+    /// Whether it has ended that round.
+    pub(super) ended: bool,
+    /// The number of that round's first frame.
+    pub(super) first: u64,
+    /// The frames of that round.
+    pub(super) log: Vec<Logged>,
+    /// Frames sent.
+    pub(super) frames: u64,
+}
+
+/// The target's worker of a lane.
+#[derive(Debug, Default)]
+pub(super) struct Receiver {
+    /// It was told to end.
+    pub(super) ending: bool,
+    /// It has ended.
+    pub(super) over: bool,
+    /// Arrived and not in place yet.
+    pub(super) arrived: VecDeque<Frame>,
+    /// Frames that have arrived, in place or not.
+    pub(super) seen: u64,
+    /// Frames in place.
+    pub(super) frames: u64,
+    /// Pages of those after the last end of a round.
+    pub(super) pages: u64,
+    /// When it will have placed all that has arrived.
     pub(super) placed: Duration,
+}
+
+impl Lane {
+    pub(super) fn new(id: LaneId) -> Self {
+        Self {
+            id,
+            pipe: Pipe::default(),
+            sender: Sender::default(),
+            receiver: Receiver::default(),
+        }
+    }
 }

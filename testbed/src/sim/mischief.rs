@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use ferry_engine::core::message::{Input, Inquirer, Reason, Step};
+use ferry_engine::core::message::{Input, Inquirer, Reason};
 use ferry_engine::vmm::GuestEvent;
-use ferry_stream::message::{AbortCode, Features, Message, Round, Run, Verdict, Versions, Welcome};
+use ferry_stream::message::{
+    AbortCode, Features, LaneId, LaneIndex, Message, Round, Verdict, Versions, Welcome,
+};
 
 use super::event::Event;
 use super::guest::{Content, Power, RunBy};
@@ -28,7 +30,9 @@ impl World {
                 self.cut_control();
                 self.cut_lanes();
             }
-            Mischief::BreakLane => self.break_lane(),
+            Mischief::KillLane => self.kill_lane(),
+            Mischief::HangLane => self.hang_lane(),
+            Mischief::CorruptLane => self.corrupt_lane(),
             Mischief::Order(side, command) => {
                 self.report(side, Thread::Reader, Input::Command(command));
             }
@@ -61,17 +65,6 @@ impl World {
         }
     }
 
-    fn break_lane(&mut self) {
-        if self.lanes.is_empty() {
-            return;
-        }
-        let lane = self.rng.index(self.lanes.len());
-        self.lanes[lane].pipe.cut(self.now, &mut self.rng);
-        for side in [Side::Source, Side::Target] {
-            self.failed(side, Thread::Lanes, Step::Pages);
-        }
-    }
-
     /// A message that must not come now, or not at all; never a lie about who owns the guest.
     fn nonsense(&mut self, side: Side) -> Message {
         let welcome = Welcome {
@@ -86,12 +79,17 @@ impl World {
             state_bytes: 8,
             state_crc: 0,
         };
+        let lane = LaneId::first(LaneIndex(1));
         let both = [Message::Welcome(welcome), Message::Inquire, Message::Ping];
         let one = match side {
             Side::Source => [
                 Message::Answer(Verdict::Taken),
                 Message::RoundDone { round, pages },
-                Message::Go { run: Run::Run },
+                Message::Fenced {
+                    lane,
+                    frames: 1,
+                    pages,
+                },
             ],
             Side::Target => [complete, Message::Ready { load_us: 0 }, Message::Paused],
         };

@@ -10,6 +10,7 @@
 mod checks;
 mod end;
 mod event;
+mod fences;
 mod flaw;
 mod guest;
 mod judge;
@@ -46,6 +47,8 @@ pub struct Summary {
     pub lasted: Duration,
     /// Events.
     pub steps: u64,
+    /// Page lanes that the source lost.
+    pub lanes_lost: u32,
 }
 
 /// Lets the world of `seed` happen.

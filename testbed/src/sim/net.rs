@@ -16,9 +16,6 @@ use super::world::World;
 /// A lost control lane, as a side notices it.
 pub(super) const CONTROL_LANE: &str = "the control lane is gone";
 
-/// Lost page lanes, as a side notices them.
-pub(super) const PAGE_LANES: &str = "every page lane is gone";
-
 /// How long a question waits for its answer.
 const ASK_TAKES: Duration = Duration::from_millis(20);
 
@@ -51,11 +48,7 @@ impl World {
         if end.outcome.is_some() {
             return Ok(());
         }
-        let known = match what {
-            PAGE_LANES => std::mem::replace(&mut end.lanes_lost, true) || end.lanes_closed,
-            _ => !std::mem::replace(&mut end.reading, false),
-        };
-        if known {
+        if !std::mem::replace(&mut end.reading, false) {
             return Ok(());
         }
         let given_away = self.truth.given.is_some() && !self.truth.given_back;
@@ -79,15 +72,15 @@ impl World {
 
     pub(super) fn cut_lanes(&mut self) {
         self.lanes_cut = true;
-        for lane in &mut self.lanes {
-            lane.pipe.cut(self.now, &mut self.rng);
-        }
-        if self.lanes.is_empty() {
-            return;
-        }
-        for side in [Side::Source, Side::Target] {
-            let noticed = self.rng.micros(self.plan.notice_us.clone());
-            self.after(noticed, Event::Notices(side, PAGE_LANES));
+        for at in 0..self.lanes.len() {
+            if !self.lanes[at].pipe.stands() {
+                continue;
+            }
+            let ends = self.lanes[at].pipe.cut(self.now, &mut self.rng);
+            for side in [Side::Source, Side::Target] {
+                let notice = self.rng.micros(self.plan.notice_us.clone());
+                self.schedule(ends + notice, Event::LaneNotices(side, at));
+            }
         }
     }
 

@@ -1,11 +1,12 @@
 //! What a seed decides beforehand: the job, the speed of everything, and what will go wrong.
 
+use std::num::NonZeroU16;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use ferry_engine::core::converge::{Converge, DowntimeLimit, Verdict, View};
 use ferry_engine::core::message::{Command, Phase};
-use ferry_engine::core::source::{SourceConfig, SourceLimits};
+use ferry_engine::core::source::{LanePlan, SourceConfig, SourceLimits};
 use ferry_engine::core::target::{TargetConfig, TargetLimits};
 use ferry_engine::vmm::RunState;
 use ferry_stream::message::{Features, Mode, SessionId};
@@ -41,8 +42,12 @@ pub(super) enum Mischief {
     CutLanes,
     /// Everything between the two is cut.
     CutAll,
-    /// One page lane is cut: not a lost link, but pages that cannot be moved.
-    BreakLane,
+    /// One page lane dies.
+    KillLane,
+    /// One page lane hangs: nobody is told.
+    HangLane,
+    /// Wrong bytes come on a page lane.
+    CorruptLane,
     /// A person's order.
     Order(Side, Command),
     /// Something happens to a guest.
@@ -230,7 +235,7 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
         run_at_target: rng.pick(&[None, None, Some(RunState::Paused), Some(RunState::Running)]),
         downtime_limit: rng.micros(1..=4000),
         timeout: rng.percent(30).then(|| rng.micros(100..=50_000)),
-        lanes: u16::try_from(rng.within(1..=4)).expect("it is at most 4"),
+        lanes: lanes(rng),
         features: Features::NONE,
         switchover_floor: rng.micros(1..=1000),
         limits: SourceLimits {
@@ -243,19 +248,36 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
             given: ms(15),
             asking: ms(60),
             ask_again: ms(1),
+            redial: rng.micros(1..=2000),
+            last_word: rng.micros(1..=500),
         },
+    }
+}
+
+fn lanes(rng: &mut Rng) -> LanePlan {
+    let few = |most: u64, rng: &mut Rng| {
+        let lanes = u16::try_from(rng.within(1..=most)).ok();
+        lanes.and_then(NonZeroU16::new).unwrap_or(NonZeroU16::MIN)
+    };
+    if rng.percent(50) {
+        return LanePlan::Fixed(few(4, rng));
+    }
+    LanePlan::Grow {
+        first: few(2, rng),
+        most: few(4, rng),
     }
 }
 
 fn target_config(rng: &mut Rng) -> TargetConfig {
     let ms = Duration::from_millis;
     TargetConfig {
-        lanes: u16::try_from(rng.within(1..=4)).expect("it is at most 4"),
+        lanes: rng.pick(&[1, 2, 3, 4, 4, 4]),
         limits: TargetLimits {
             preparing: ms(60),
             offered: ms(120),
             linger: ms(200),
             parting: ms(8),
+            lane_silence: rng.micros(500..=20_000),
         },
     }
 }
@@ -270,7 +292,13 @@ fn reach(rng: &mut Rng) -> Reach {
 
 fn mischief(rng: &mut Rng) -> Vec<(When, Mischief)> {
     let count = rng.pick(&[0, 1, 1, 2, 3, 5]);
-    (0..count).map(|_| (when(rng), one_mischief(rng))).collect()
+    let killed = rng.pick(&[0, 0, 1, 3, 10]);
+    let mixed = (0..count).map(|_| one_mischief as fn(&mut Rng) -> Mischief);
+    let kills = (0..killed).map(|_| one_kill as fn(&mut Rng) -> Mischief);
+    mixed
+        .chain(kills)
+        .map(|draw| (when(rng), draw(rng)))
+        .collect()
 }
 
 fn when(rng: &mut Rng) -> When {
@@ -286,13 +314,17 @@ fn when(rng: &mut Rng) -> When {
     When::In(side, phase, after)
 }
 
+fn one_kill(rng: &mut Rng) -> Mischief {
+    rng.pick(&[Mischief::KillLane, Mischief::KillLane, Mischief::HangLane])
+}
+
 fn one_mischief(rng: &mut Rng) -> Mischief {
     let side = rng.pick(&[Side::Source, Side::Target]);
     match rng.below(20) {
         0..=2 => Mischief::CutControl,
         3 => Mischief::CutLanes,
         4..=6 => Mischief::CutAll,
-        7 => Mischief::BreakLane,
+        7 => Mischief::CorruptLane,
         8 | 9 => Mischief::Order(side, Command::Cancel),
         10 => Mischief::Order(Side::Source, Command::Suspend),
         11 => Mischief::Order(

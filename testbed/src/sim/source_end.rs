@@ -2,32 +2,28 @@
 
 use bytes::Bytes;
 use ferry_engine::core::layout::RegionIndex;
-use ferry_engine::core::message::{Action, Failure, Input, Moment, Record, Step, ZeroPages};
+use ferry_engine::core::message::{Action, Failure, Input, Moment, Record, Step};
 use ferry_engine::core::pageset::PageSet;
 use ferry_engine::vmm::{Inventory, Rearm, RunState};
-use ferry_stream::message::{Message, Round};
+use ferry_stream::message::Message;
 
 use super::checks::Violation;
 use super::flaw::Flaw;
 use super::guest::{Content, Power, RunBy, add};
-use super::link::{Lane, LaneJob};
 use super::plan::Side;
 use super::worker::{Job, Thread};
 use super::world::World;
 
 const HERE: Side = Side::Source;
 
-/// Most pages that a worker reads at once.
-const CHUNK_PAGES: u64 = 5;
-
 impl World {
     pub(super) fn source_action(&mut self, action: Action) -> Result<(), Violation> {
         match action {
             Action::Send(message) => self.source_says(message)?,
-            Action::OpenLanes { lanes } => {
-                self.lanes = (0..lanes).map(|_| Lane::default()).collect();
-                self.order(HERE, Job::OpenLanes);
-            }
+            Action::OpenLane(lane) => self.open_lane(lane),
+            Action::JoinLane(lane) => self.join_lane(lane),
+            Action::CutLane(lane) => self.cut_lane(lane),
+            Action::Reclaim { lane, frames, into } => self.reclaim(lane, frames, into),
             Action::StartTracking { into } => self.order(HERE, Job::StartTracking(into)),
             Action::OpenState => self.order(HERE, Job::OpenState),
             Action::Collect { rearm, into } => self.order(HERE, Job::Collect(rearm, Some(into))),
@@ -120,10 +116,6 @@ impl World {
                 Input::TrackingStopped
             }
             Job::Flush => Input::Flushed,
-            Job::OpenLanes => {
-                self.lanes_open();
-                return;
-            }
             other => unreachable!("no job of a source: {:?}", other.step()),
         };
         self.report(HERE, thread, fact);
@@ -248,39 +240,6 @@ impl World {
             return;
         }
         self.tracker.wrote(region, page);
-    }
-
-    fn lanes_open(&mut self) {
-        if self.lanes_cut {
-            self.failed(HERE, Thread::Opener, Step::OpenLanes);
-            return;
-        }
-        self.report(HERE, Thread::Opener, Input::LanesOpen);
-        self.report(Side::Target, Thread::Opener, Input::LanesOpen);
-    }
-
-    /// Gives the pages of a round to the lanes, and each lane its end.
-    fn copy(&mut self, round: Round, pages: &PageSet, zeros: ZeroPages) {
-        let zeros = match self.flaw {
-            Some(Flaw::ZerosSkipped) => ZeroPages::Skip,
-            _ => zeros,
-        };
-        self.lanes_ended = 0;
-        for (region, mut range) in pages.ranges() {
-            while !range.is_empty() {
-                let mut part = range;
-                part.count = range.count.min(CHUNK_PAGES);
-                range.first.0 += part.count;
-                range.count -= part.count;
-                let lane = self.rng.index(self.lanes.len());
-                let job = LaneJob::Copy(region, part, zeros);
-                self.lanes[lane].jobs.push_back(job);
-            }
-        }
-        for lane in 0..self.lanes.len() {
-            self.lanes[lane].jobs.push_back(LaneJob::End(round));
-            self.read_next(lane);
-        }
     }
 
     pub(super) fn write_journal(&mut self, side: Side, record: Record) -> Result<(), Violation> {

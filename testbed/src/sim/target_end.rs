@@ -31,6 +31,8 @@ impl World {
                 self.must_say("an answer", record_of(verdict))?;
                 self.answer(to.0, verdict);
             }
+            Action::EndLane(lane) => self.end_lane(lane),
+            Action::LookAtLanes => self.look_at_lanes(),
             Action::CloseLanes => self.close_lanes(HERE),
             Action::Journal(record) => {
                 self.write_journal(HERE, record)?;

@@ -7,6 +7,13 @@ pub(super) fn fact(input: &Input) -> String {
     match input {
         Input::Tracking { populated } => format!("Tracking: {} pages", populated.len()),
         Input::Collected { found } => format!("Collected: {} pages", found.len()),
+        Input::Reclaimed { lane, from } => {
+            format!(
+                "Reclaimed of {lane}: {} placed, {} found",
+                from.placed,
+                from.found.len()
+            )
+        }
         Input::Inventoried(_) => "Inventoried".to_owned(),
         other => short(format!("{other:?}")),
     }
@@ -15,6 +22,7 @@ pub(super) fn fact(input: &Input) -> String {
 /// An order in a few words.
 pub(super) fn order(action: &Action) -> String {
     match action {
+        Action::Reclaim { lane, frames, .. } => format!("Reclaim {lane} from {frames}"),
         Action::StartTracking { .. } => "StartTracking".to_owned(),
         Action::Collect { rearm, .. } => format!("Collect, rearm: {rearm:?}"),
         Action::Copy {

@@ -52,8 +52,6 @@ pub(super) enum Job {
     StopTracking,
     /// Source.
     Flush,
-    /// Source.
-    OpenLanes,
     /// Either.
     Journal(Record),
     /// Target.
@@ -75,7 +73,6 @@ impl Job {
             Self::StartTracking(_) | Self::Collect(..) | Self::StopTracking => Thread::Tracker,
             Self::Journal(_) => Thread::Journal,
             Self::Flush => Thread::Flusher,
-            Self::OpenLanes => Thread::Opener,
             _ => Thread::Vm,
         }
     }
@@ -93,7 +90,6 @@ impl Job {
             Self::Collect(..) => Step::Collect,
             Self::StopTracking => Step::StopTracking,
             Self::Flush => Step::Flush,
-            Self::OpenLanes => Step::OpenLanes,
             Self::Journal(_) => Step::Journal,
             Self::Prepare => Step::Prepare,
             Self::Load => Step::Load,

@@ -15,7 +15,7 @@ use super::end::End;
 use super::event::{Agenda, Event};
 use super::flaw::Flaw;
 use super::guest::{Content, Memory, RunBy, Tracker, Vm, layout};
-use super::link::Lane;
+use super::link::{Lane, Queue};
 use super::plan::{Mischief, Plan, Side, When};
 use super::rng::Rng;
 
@@ -45,7 +45,7 @@ pub(super) struct World {
     pub(super) unheard: [u32; 2],
     pub(super) lanes_cut: bool,
     pub(super) lanes: Vec<Lane>,
-    pub(super) lanes_ended: usize,
+    pub(super) queue: Option<Queue>,
     pub(super) totals: LaneTotals,
     pub(super) state_at_target: Option<u64>,
     pub(super) load_released: Option<(u64, u32)>,
@@ -99,7 +99,7 @@ impl World {
             unheard: [0; 2],
             lanes_cut: false,
             lanes: Vec::new(),
-            lanes_ended: 0,
+            queue: None,
             totals: LaneTotals::default(),
             state_at_target: None,
             load_released: None,
@@ -195,7 +195,11 @@ impl World {
             Event::Done(side, thread) => return self.job_done(side, thread),
             Event::LaneSent(lane) => self.lane_sent(lane),
             Event::LaneArrives(lane, frame) => self.lane_arrives(lane, frame),
-            Event::LanePlaces(lane, frame) => return self.lane_places(lane, &frame),
+            Event::LanePlaces(lane, late) => return self.lane_places(lane, late),
+            Event::LaneHello(lane) => self.lane_hello(lane),
+            Event::LaneAnswered(lane, welcome) => self.lane_answered(lane, welcome),
+            Event::LaneNotices(side, lane) => self.lane_notices(side, lane),
+            Event::LaneEnds(lane) => self.lane_ends(lane),
             Event::Arrives(side, message) => return self.arrives(side, message),
             Event::Notices(side, what) => return self.notices(side, what),
             Event::Tick(side) => self.tick(side),
@@ -350,6 +354,7 @@ impl World {
             reason: self.at(Side::Source).outcome.as_ref().and_then(reason),
             lasted: self.now,
             steps: self.steps,
+            lanes_lost: self.source.report(Moment(self.now)).lanes_lost,
         }
     }
 

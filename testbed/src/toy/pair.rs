@@ -177,6 +177,7 @@ fn source_limits() -> SourceLimits {
         given: Duration::from_secs(1),
         asking: Duration::from_millis(500),
         ask_again: Duration::from_millis(20),
+        ..SourceLimits::default()
     }
 }
 
@@ -186,5 +187,6 @@ fn target_limits() -> TargetLimits {
         offered: PATIENCE,
         linger: Duration::from_secs(2),
         parting: Duration::from_millis(100),
+        ..TargetLimits::default()
     }
 }

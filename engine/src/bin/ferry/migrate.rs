@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_engine::core::message::Notice;
+use ferry_engine::core::source::LanePlan;
 use ferry_engine::job::Retire;
 use ferry_engine::link::TcpConnector;
 use ferry_engine::message::Mode;
@@ -52,7 +53,7 @@ async fn start(args: &Migrate) -> Result<Job, Refusal> {
     let connector = Arc::new(TcpConnector::new(address.to_string(), CONNECT_LIMIT));
     let journal = host::journal(qemu.process(), &args.common)?;
     let mut source = Migration::source(vm, connector, args.target.to_string(), journal)
-        .with_lanes(PAGE_LANES)
+        .with_lanes(LanePlan::Fixed(PAGE_LANES))
         .with_mode(if args.live { Mode::Live } else { Mode::Paused })
         .with_downtime_limit(args.downtime_limit())
         .with_bandwidth(

@@ -1,10 +1,14 @@
 //! A source's machine under test: facts in, orders out as words, and the path without trouble.
 
+use std::num::NonZeroU16;
 use std::time::Duration;
 
-use ferry_stream::message::{Features, Message, Mode, Round, SessionId, Versions, Welcome};
+use ferry_stream::frame::Generation;
+use ferry_stream::message::{
+    Features, LaneId, LaneIndex, Message, Mode, Round, SessionId, Versions, Welcome,
+};
 
-use super::{Source, SourceConfig, SourceLimits};
+use super::{LanePlan, Source, SourceConfig, SourceLimits};
 use crate::core::converge::{Converge, Verdict, View};
 use crate::core::layout::{Layout, PageRange, Region, RegionIndex};
 use crate::core::message::{
@@ -48,8 +52,8 @@ pub(super) fn config() -> SourceConfig {
         run_at_target: None,
         downtime_limit: Duration::from_millis(50),
         timeout: None,
-        lanes: 2,
         features: Features::NONE,
+        lanes: LanePlan::Fixed(NonZeroU16::new(2).unwrap()),
         switchover_floor: Duration::from_millis(10),
         limits: SourceLimits::default(),
     }
@@ -63,13 +67,33 @@ pub(super) fn pages(count: u64) -> PageSet {
     set
 }
 
+pub(super) fn lane(index: u16, generation: u16) -> LaneId {
+    LaneId {
+        index: LaneIndex(index),
+        generation: Generation(generation),
+    }
+}
+
+pub(super) const ONE: LaneId = LaneId::first(LaneIndex(1));
+pub(super) const TWO: LaneId = LaneId::first(LaneIndex(2));
+
+/// Lane 1 has sent so many pages in a round, and ended it.
 pub(super) fn sent(round: u32, pages: u64) -> Input {
-    let totals = LaneTotals {
+    lane_sent(ONE, round, pages)
+}
+
+/// Lane 2 has ended a round.
+pub(super) fn idle(round: u32) -> Input {
+    lane_sent(TWO, round, 0)
+}
+
+pub(super) fn lane_sent(lane: LaneId, round: u32, pages: u64) -> Input {
+    Input::LaneSent {
+        lane,
+        round: Round(round),
         pages,
-        ..LaneTotals::default()
-    };
-    let round = Round(round);
-    Input::RoundSent { round, totals }
+        totals: LaneTotals::default(),
+    }
 }
 
 pub(super) fn done(round: u32, pages: u64) -> Input {
@@ -97,7 +121,10 @@ pub(super) fn word(action: &Action) -> String {
         } => format!("copy {} in {round}, {zeros:?}", pages.len()),
         Action::Collect { rearm, .. } => format!("collect, rearm {rearm:?}"),
         Action::StartTracking { .. } => "track".to_owned(),
-        Action::OpenLanes { lanes } => format!("open {lanes} lanes"),
+        Action::OpenLane(lane) => format!("open {lane}"),
+        Action::JoinLane(lane) => format!("join {lane}"),
+        Action::CutLane(lane) => format!("cut {lane}"),
+        Action::Reclaim { lane, frames, .. } => format!("reclaim {lane} from {frames}"),
         Action::Journal(record) => format!("journal {record:?}"),
         Action::Tell(_) => "tell".to_owned(),
         Action::Finish(Outcome::Moved) => "finish moved".to_owned(),
@@ -184,10 +211,17 @@ pub(super) fn happy_path() -> Vec<(Input, Vec<&'static str>)> {
     vec![
         (
             got(welcome),
-            vec!["journal Migrating", "open 2 lanes", "OpenState", "track"],
+            vec![
+                "journal Migrating",
+                "open lane 1",
+                "open lane 2",
+                "OpenState",
+                "track",
+            ],
         ),
         (Input::Journaled(Record::Migrating), vec![]),
-        (Input::LanesOpen, vec![]),
+        (Input::LaneOpen(ONE), vec!["join lane 1"]),
+        (Input::LaneOpen(TWO), vec!["join lane 2"]),
         (Input::StateOpen, vec![]),
         (Input::Tracking { populated }, vec![]),
         (
@@ -195,6 +229,7 @@ pub(super) fn happy_path() -> Vec<(Input, Vec<&'static str>)> {
             vec!["Flush", "copy 3 in round 1, Skip"],
         ),
         (Input::Flushed, vec![]),
+        (idle(1), vec![]),
         (sent(1, 3), vec![]),
         (done(1, 3), vec!["collect, rearm Yes"]),
         (found(1), vec!["Pause(Switchover)"]),
@@ -204,10 +239,12 @@ pub(super) fn happy_path() -> Vec<(Input, Vec<&'static str>)> {
         ),
         (found(2), vec!["copy 2 in round 2, Tell"]),
         (Input::Saved { bytes: 9, crc: 7 }, vec!["Inventory"]),
-        (sent(2, 5), vec![]),
+        (sent(2, 2), vec![]),
+        (idle(2), vec![]),
         (done(2, 2), vec!["collect, rearm No"]),
         (found(1), vec!["copy 1 in round 3, Tell", "send Complete"]),
-        (sent(3, 6), vec![]),
+        (sent(3, 1), vec![]),
+        (idle(3), vec![]),
         (done(3, 1), vec![]),
         (got(Message::Ready { load_us: 0 }), vec![]),
         (

@@ -1,5 +1,6 @@
 //! What a source is told beforehand, and how long it waits.
 
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use ferry_stream::message::{Features, Mode, SessionId};
@@ -20,7 +21,7 @@ pub struct SourceConfig {
     /// After this time the guest is paused and the move finishes, whatever the blackout.
     pub timeout: Option<Duration>,
     /// Page lanes to open.
-    pub lanes: u16,
+    pub lanes: LanePlan,
     /// What the lanes are able to do with pages, for the target to choose from.
     pub features: Features,
     /// What the VMMs take of a switchover: pause, device state both ways, resume. What the engine takes
@@ -28,6 +29,37 @@ pub struct SourceConfig {
     pub switchover_floor: Duration,
     /// Bounds on the peer and the VMM.
     pub limits: SourceLimits,
+}
+
+/// How many page lanes a source opens. The target may take fewer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LanePlan {
+    /// So many, no more and no fewer.
+    Fixed(NonZeroU16),
+    /// At first so many, and more while that pays.
+    Grow {
+        /// To begin with.
+        first: NonZeroU16,
+        /// At most; not below `first`.
+        most: NonZeroU16,
+    },
+}
+
+impl LanePlan {
+    /// To begin with.
+    pub fn first(self) -> NonZeroU16 {
+        match self {
+            Self::Fixed(lanes) | Self::Grow { first: lanes, .. } => lanes,
+        }
+    }
+
+    /// The most at one time.
+    pub fn most(self) -> NonZeroU16 {
+        match self {
+            Self::Fixed(lanes) => lanes,
+            Self::Grow { first, most } => most.max(first),
+        }
+    }
 }
 
 /// How long the source waits for others. A peer that is alive is never cut off while pages move; a
@@ -52,6 +84,10 @@ pub struct SourceLimits {
     pub asking: Duration,
     /// Between two attempts to ask.
     pub ask_again: Duration,
+    /// Before a lane that died is opened again; doubled each time that it dies, up to a bound.
+    pub redial: Duration,
+    /// For the peer's word on the control lane, when every page lane has ended without one.
+    pub last_word: Duration,
 }
 
 impl Default for SourceLimits {
@@ -66,6 +102,8 @@ impl Default for SourceLimits {
             given: Duration::from_secs(15),
             asking: Duration::from_secs(60),
             ask_again: Duration::from_millis(250),
+            redial: Duration::from_millis(50),
+            last_word: Duration::from_millis(100),
         }
     }
 }

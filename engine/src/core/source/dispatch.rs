@@ -18,6 +18,26 @@ impl Shared {
                 self.link = Link::Down;
                 state.trouble(self, Reason::LinkLost { what })
             }
+            Input::Received(Message::LaneLost { lane, text }) => self.lane_lost(state, lane, text),
+            Input::LaneLost { lane, what } => self.lane_lost(state, lane, what),
+            Input::LaneOpen(lane) => self.lane_open(state, lane),
+            Input::LaneUnopened { lane, failure } => self.lane_unopened(state, lane, failure),
+            Input::Received(Message::Fenced {
+                lane,
+                frames,
+                pages,
+            }) if state.needs_lanes() => self.lane_fenced(state, lane, frames, pages),
+            Input::Reclaimed { lane, from } => self.lane_reclaimed(state, lane, from),
+            Input::LaneSent {
+                lane,
+                round,
+                pages,
+                totals,
+            } => {
+                self.meter.sent(totals);
+                self.lanes.sent(lane, round, pages);
+                state.moved(self)
+            }
             Input::Failed(failure) if failure.step == Step::Journal => {
                 self.unwritten(state, failure)
             }

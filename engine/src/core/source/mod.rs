@@ -21,6 +21,10 @@ mod config;
 mod dispatch;
 mod ending;
 mod events;
+mod fencing;
+#[cfg(test)]
+mod lane_tests;
+mod lanes;
 mod orders;
 mod precopy;
 mod round;
@@ -34,8 +38,9 @@ use std::time::Duration;
 
 use ferry_stream::message::{Features, Message, Round};
 
-pub use self::config::{SourceConfig, SourceLimits};
+pub use self::config::{LanePlan, SourceConfig, SourceLimits};
 use self::ending::{Leaving, Undoing};
+use self::lanes::Lanes;
 use self::precopy::{Collecting, Copying, Holding, Preparing};
 use self::switchover::{Asking, Draining, Given, Giving, Offering, Stopping};
 use crate::core::converge::Converge;
@@ -81,6 +86,7 @@ struct Shared {
     timeout: Option<Moment>,
     /// What both sides are able to do with pages.
     features: Features,
+    lanes: Lanes,
     round: Round,
     pages_told: u64,
     /// The state in which people want the guest, whatever the engine does with it meanwhile.
@@ -140,6 +146,7 @@ impl Source {
             deadline: None,
             timeout,
             features: Features::NONE,
+            lanes: Lanes::default(),
             round: Round(0),
             pages_told: 0,
             wanted: guest,
@@ -179,7 +186,9 @@ impl Source {
     /// When [`Source::handle_timeout`] wants to be called, if nothing happens before.
     pub fn poll_timeout(&self) -> Option<Moment> {
         let deadline = self.shared.deadline.map(|(at, _)| at);
-        [deadline, self.shared.timeout].into_iter().flatten().min()
+        let lanes = self.state.lanes_due(&self.shared);
+        let due = [deadline, self.shared.timeout, lanes];
+        due.into_iter().flatten().min()
     }
 
     /// Time has passed.
@@ -189,6 +198,8 @@ impl Source {
             self.shared.timeout = None;
             self.shared.suspend(&self.state);
         }
+        let state = mem::replace(&mut self.state, State::Ended);
+        self.state = state.look_after_lanes(&mut self.shared);
         if let Some((at, limit)) = self.shared.deadline
             && at <= now
         {
@@ -239,7 +250,12 @@ impl Source {
 
     /// The figures so far.
     pub fn report(&self, now: Moment) -> Report {
-        self.shared.meter.report(now)
+        let lanes = &self.shared.lanes;
+        Report {
+            lanes: lanes.most(),
+            lanes_lost: lanes.lost(),
+            ..self.shared.meter.report(now)
+        }
     }
 }
 

@@ -36,7 +36,7 @@ impl Shared {
                 machine: self.inventory.machine.clone(),
                 vmm: self.inventory.vmm.clone(),
                 regions: regions.collect(),
-                lanes: self.config.lanes,
+                lanes: self.config.lanes.most().get(),
                 mode: self.config.mode,
             }),
         }

@@ -2,6 +2,7 @@
 
 use ferry_stream::message::{Message, Mode, Versions, Welcome};
 
+use super::lanes::Lanes;
 use super::round::{InFlight, Settled};
 use super::{Flush, Hardware, Shared, State};
 use crate::core::converge::Verdict;
@@ -13,14 +14,9 @@ use crate::vmm::{PauseFor, Rearm};
 
 /// Both sides get ready at the same time: the journal, the lanes, the device state and tracking
 /// here, RAM there. What the guest writes meanwhile is sent again; that costs less than waiting.
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "four facts, each awaited, in any order"
-)]
 #[derive(Default)]
 pub(super) struct Preparing {
     journaled: bool,
-    lanes_open: bool,
     state_open: bool,
     prepared: bool,
     populated: Option<PageSet>,
@@ -43,7 +39,7 @@ impl Shared {
             };
             return self.refuse(reason);
         }
-        let lanes_fit = (1..=self.config.lanes).contains(&welcome.lanes);
+        let lanes_fit = (1..=self.config.lanes.most().get()).contains(&welcome.lanes);
         if !lanes_fit || !self.config.features.contains(welcome.features) {
             let what = "a welcome with more than was offered";
             return self.refuse(Reason::Protocol {
@@ -53,9 +49,8 @@ impl Shared {
         }
         self.features = welcome.features;
         self.journal(Record::Migrating);
-        self.actions.push_back(Action::OpenLanes {
-            lanes: welcome.lanes,
-        });
+        self.lanes = Lanes::none_of(welcome.lanes);
+        self.open_first_lanes();
         self.actions.push_back(Action::OpenState);
         let into = self.blank_set();
         self.actions.push_back(Action::StartTracking { into });
@@ -68,7 +63,6 @@ impl Preparing {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
         match input {
             Input::Journaled(Record::Migrating) => self.journaled = true,
-            Input::LanesOpen => self.lanes_open = true,
             Input::StateOpen => self.state_open = true,
             Input::Received(Message::Prepared) if !self.prepared => self.prepared = true,
             Input::Tracking { populated } => {
@@ -77,7 +71,12 @@ impl Preparing {
             }
             input => return shared.unexpected(State::Preparing(self), &input),
         }
-        let ready = self.journaled && self.lanes_open && self.state_open && self.prepared;
+        self.advance(shared)
+    }
+
+    pub(super) fn advance(mut self, shared: &mut Shared) -> State {
+        let lanes_stand = shared.lanes.up() > 0 && shared.lanes.opening().is_empty();
+        let ready = self.journaled && lanes_stand && self.state_open && self.prepared;
         match self.populated.take_if(|_| ready) {
             Some(populated) => shared.begin_copy(populated),
             None => State::Preparing(self),
@@ -149,7 +148,17 @@ pub(super) struct Copying {
 
 impl Copying {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
-        match self.in_flight.note(shared, input) {
+        let settled = self.in_flight.note(shared, input);
+        self.settled(shared, settled)
+    }
+
+    pub(super) fn advance(self, shared: &mut Shared) -> State {
+        let settled = self.in_flight.settle(shared);
+        self.settled(shared, settled)
+    }
+
+    fn settled(self, shared: &mut Shared, settled: Settled) -> State {
+        match settled {
             Settled::NotYet => State::Copying(self),
             Settled::Unrelated(input) => shared.unexpected(State::Copying(self), &input),
             Settled::Wrong(reason) => shared.undo(reason),
@@ -185,6 +194,7 @@ impl Collecting {
                 if let Some(before) = self.before {
                     found.union(&before);
                 }
+                shared.add_owed(&mut found);
                 shared.decide(found)
             }
             input => shared.unexpected(State::Collecting(self), &input),
@@ -264,6 +274,7 @@ impl Shared {
         self.hardware = Hardware::Due;
         let now = self.now;
         self.meter.blackout(|watch| watch.copied(now));
+        self.abandon_opening_lanes();
         self.actions.push_back(Action::Pause(PauseFor::Switchover));
         self.bound(self.config.limits.stopping);
         State::Stopping(super::Stopping { dirty })
@@ -286,6 +297,8 @@ impl Shared {
             dirty_bytes_per_s: self.meter.dirty_rate(),
             predicted_blackout: measured.then(|| view.predicted()),
             left: (all > 0).then(|| view.transfer(remaining)),
+            lanes: self.lanes.up(),
+            lanes_lost: self.lanes.lost(),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ferry_stream::message::{Message, Round};
 
 use super::Shared;
-use crate::core::message::{Action, Input, LaneTotals, Reason, ZeroPages};
+use crate::core::message::{Action, Input, Reason, ZeroPages};
 use crate::core::pageset::PageSet;
 
 impl Shared {
@@ -13,6 +13,7 @@ impl Shared {
     pub(super) fn copy(&mut self, pages: PageSet) -> InFlight {
         self.round = Round(self.round.0 + 1);
         self.meter.begin_round(self.now, self.round, pages.len());
+        self.lanes.begin(self.round);
         let zeros = if self.round.0 == 1 {
             ZeroPages::Skip
         } else {
@@ -25,17 +26,16 @@ impl Shared {
         });
         InFlight {
             round: self.round,
-            sent: None,
             done: None,
         }
     }
 }
 
-/// A round on its way: sent when every lane has sent its end, done when the target says so, in
+/// A round on its way: over when every lane has sent its end and the target says that it is done, in
 /// whichever order the two become known.
 pub(super) struct InFlight {
     round: Round,
-    sent: Option<LaneTotals>,
+    /// Pages that the target counts.
     done: Option<u64>,
 }
 
@@ -45,7 +45,7 @@ pub(super) enum Settled {
     Unrelated(Input),
     /// It is still on its way.
     NotYet,
-    /// Every page is in place.
+    /// Every page is in place, but for what dead lanes owe.
     Done,
     /// The two sides count differently.
     Wrong(Reason),
@@ -54,16 +54,26 @@ pub(super) enum Settled {
 impl InFlight {
     pub(super) fn note(&mut self, shared: &mut Shared, input: Input) -> Settled {
         match input {
-            Input::RoundSent { round, totals } if round == self.round => self.sent = Some(totals),
-            Input::Received(Message::RoundDone { round, pages }) if round == self.round => {
+            Input::Received(Message::RoundDone { round, pages })
+                if round == self.round && self.done.is_none() =>
+            {
                 self.done = Some(pages);
+                self.settle(shared)
             }
-            input => return Settled::Unrelated(input),
+            input => Settled::Unrelated(input),
         }
-        let (Some(totals), Some(theirs)) = (self.sent, self.done) else {
+    }
+
+    /// Whether the target has said that the round is done.
+    pub(super) fn is_done(&self) -> bool {
+        self.done.is_some()
+    }
+
+    /// Looks whether the round is over, once a lane has moved on.
+    pub(super) fn settle(&self, shared: &mut Shared) -> Settled {
+        let (Some(ours), Some(theirs)) = (shared.lanes.sum(), self.done) else {
             return Settled::NotYet;
         };
-        let ours = totals.pages - shared.pages_told;
         if ours != theirs {
             return Settled::Wrong(Reason::Miscounted {
                 round: self.round,
@@ -71,8 +81,8 @@ impl InFlight {
                 theirs,
             });
         }
-        shared.pages_told = totals.pages;
-        shared.meter.end_round(shared.now, totals);
+        shared.pages_told += ours;
+        shared.meter.end_round(shared.now);
         Settled::Done
     }
 }

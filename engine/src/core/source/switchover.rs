@@ -90,24 +90,43 @@ impl Draining {
                 let now = shared.now;
                 shared.meter.blackout(|watch| watch.collected(now));
                 found.union(before);
+                shared.add_owed(&mut found);
                 self.left = Left::Sending(shared.copy(found));
             }
-            (Input::Collected { found }, Left::LastCollecting) => {
+            (Input::Collected { mut found }, Left::LastCollecting) => {
+                shared.add_owed(&mut found);
                 return self.complete(shared, found);
             }
-            (input, Left::Sending(in_flight)) => match in_flight.note(shared, input) {
-                Settled::NotYet => {}
-                Settled::Done => {
-                    let now = shared.now;
-                    shared.meter.blackout(|watch| watch.placed(now));
-                    self.left = Left::Placed;
-                }
-                Settled::Wrong(reason) => return shared.undo(reason),
-                Settled::Unrelated(input) => {
-                    return shared.unexpected(State::Draining(self), &input);
-                }
-            },
+            (input, Left::Sending(in_flight)) => {
+                let settled = in_flight.note(shared, input);
+                return self.settled(shared, settled);
+            }
             (input, _) => return shared.unexpected(State::Draining(self), &input),
+        }
+        self.advance(shared)
+    }
+
+    /// A lane has moved on, and perhaps the round with it.
+    pub(super) fn moved(self, shared: &mut Shared) -> State {
+        let Left::Sending(in_flight) = &self.left else {
+            return State::Draining(self);
+        };
+        let settled = in_flight.settle(shared);
+        self.settled(shared, settled)
+    }
+
+    fn settled(mut self, shared: &mut Shared, settled: Settled) -> State {
+        match settled {
+            Settled::NotYet => {}
+            Settled::Done => {
+                let now = shared.now;
+                shared.meter.blackout(|watch| watch.placed(now));
+                self.left = Left::Placed;
+            }
+            Settled::Wrong(reason) => return shared.undo(reason),
+            Settled::Unrelated(input) => {
+                return shared.unexpected(State::Draining(self), &input);
+            }
         }
         self.advance(shared)
     }
@@ -128,25 +147,36 @@ impl Draining {
     /// again, which is a round trip less in the blackout. Every page of a later round is told, so
     /// their number is known.
     fn complete(self, shared: &mut Shared, last: PageSet) -> State {
-        let Some(Saved { bytes, crc, .. }) = self.saved else {
+        let Some(saved) = self.saved else {
             return State::Draining(self);
         };
         let now = shared.now;
         shared.meter.blackout(|watch| watch.last_collected(now));
-        let pages = shared.pages_told + last.len();
-        let in_flight = shared.copy(last);
-        let round = shared.round;
-        shared.send(Message::Complete {
-            round,
-            pages,
-            state_bytes: bytes,
-            state_crc: crc,
-        });
-        shared.bound(shared.config.limits.offering);
+        shared.last_round(last, saved)
+    }
+}
+
+impl Shared {
+    fn last_round(&mut self, last: PageSet, saved: Saved) -> State {
+        let pages = self.pages_told + last.len();
+        let in_flight = self.copy(last);
+        self.say_complete(pages, saved);
+        self.bound(self.config.limits.offering);
         State::Offering(Offering {
+            saved,
+            complete: Complete::Stands,
             in_flight: Some(in_flight),
             ready: false,
         })
+    }
+
+    fn say_complete(&mut self, pages: u64, saved: Saved) {
+        self.send(Message::Complete {
+            round: self.round,
+            pages,
+            state_bytes: saved.bytes,
+            state_crc: saved.crc,
+        });
     }
 }
 
@@ -192,38 +222,94 @@ fn micros(us: u32) -> Duration {
 
 /// Everything is on its way; the target loads.
 pub(super) struct Offering {
+    saved: Saved,
+    complete: Complete,
     /// The last round, until it is in place.
     in_flight: Option<InFlight>,
     ready: bool,
 }
 
+/// Whether the target goes by what it was told of the end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Complete {
+    Stands,
+    /// A lane was fenced before the last round was done.
+    Void,
+}
+
 impl Offering {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
-        let input = match (input, &mut self.in_flight) {
-            (input, None) => input,
-            (input, Some(in_flight)) => match in_flight.note(shared, input) {
-                Settled::NotYet => return State::Offering(self),
-                Settled::Wrong(reason) => return shared.undo(reason),
-                Settled::Unrelated(input) => input,
-                Settled::Done => {
-                    self.in_flight = None;
-                    return self.give_when_ready(shared);
-                }
-            },
+        let settled = match &mut self.in_flight {
+            None => Settled::Unrelated(input),
+            Some(in_flight) => in_flight.note(shared, input),
         };
+        self.settled(shared, settled)
+    }
+
+    /// A lane has moved on, and perhaps the round with it.
+    pub(super) fn moved(self, shared: &mut Shared) -> State {
+        match &self.in_flight {
+            None => State::Offering(self),
+            Some(in_flight) => {
+                let settled = in_flight.settle(shared);
+                self.settled(shared, settled)
+            }
+        }
+    }
+
+    fn settled(self, shared: &mut Shared, settled: Settled) -> State {
+        match settled {
+            Settled::NotYet => State::Offering(self),
+            Settled::Wrong(reason) => shared.undo(reason),
+            Settled::Unrelated(input) => self.unrelated(shared, &input),
+            Settled::Done => self.round_done(shared),
+        }
+    }
+
+    /// True until the last round is known to be in place.
+    pub(super) fn is_sending(&self) -> bool {
+        self.in_flight.is_some()
+    }
+
+    /// A lane was fenced after the target was told what will be complete. That is void, unless the
+    /// round was done before: then nothing was owed either.
+    pub(super) fn fenced(&mut self) {
+        if self
+            .in_flight
+            .as_ref()
+            .is_some_and(|round| !round.is_done())
+        {
+            self.complete = Complete::Void;
+        }
+    }
+
+    /// The round is done. What dead lanes owe goes in another one.
+    fn round_done(mut self, shared: &mut Shared) -> State {
+        if let Some(owed) = shared.lanes.take_owed() {
+            return shared.last_round(owed, self.saved);
+        }
+        self.in_flight = None;
+        if self.complete == Complete::Void {
+            self.complete = Complete::Stands;
+            shared.say_complete(shared.pages_told, self.saved);
+        }
+        self.give_when_ready(shared)
+    }
+
+    fn unrelated(mut self, shared: &mut Shared, input: &Input) -> State {
         match input {
             // The target may be faster than our own lanes are to say that the round is out.
             Input::Received(Message::Ready { load_us }) if !self.ready => {
                 self.ready = true;
-                let (now, load) = (shared.now, micros(load_us));
+                let (now, load) = (shared.now, micros(*load_us));
                 shared.meter.blackout(|watch| watch.ready(now, load));
             }
             Input::Inventoried(now) => {
-                if let Some(reason) = shared.compare(&now) {
+                if let Some(reason) = shared.compare(now) {
                     return shared.undo(reason);
                 }
             }
-            input => return shared.unexpected(State::Offering(self), &input),
+            input => return shared.unexpected(State::Offering(self), input),
         }
         self.give_when_ready(shared)
     }

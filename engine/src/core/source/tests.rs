@@ -143,12 +143,13 @@ fn go_needs_ready_and_the_last_round_and_the_same_hardware_in_whichever_order() 
     let same = || Input::Inventoried(Box::new(inventory()));
     let ready = || Input::Received(Message::Ready { load_us: 0 });
     let orders: [[fn() -> Input; 4]; 3] = [
-        [|| done(3, 1), ready, same, || sent(3, 6)],
-        [same, || sent(3, 6), || done(3, 1), ready],
-        [ready, || sent(3, 6), || done(3, 1), same],
+        [|| done(3, 1), ready, same, || sent(3, 1)],
+        [same, || sent(3, 1), || done(3, 1), ready],
+        [ready, || sent(3, 1), || done(3, 1), same],
     ];
     for facts in orders {
         let mut bench = Bench::at(Phase::Offering);
+        bench.tell(idle(3));
         let told = facts.map(|fact| bench.tell(fact()));
         assert_eq!(told[..3], [(); 3].map(|()| Vec::<String>::new()));
         assert_eq!(told[3], ["journal Given"]);
@@ -158,6 +159,7 @@ fn go_needs_ready_and_the_last_round_and_the_same_hardware_in_whichever_order() 
 #[test]
 fn a_round_that_both_count_differently_ends_it() {
     let mut bench = Bench::at(Phase::Copying);
+    bench.tell(idle(1));
     bench.tell(sent(1, 3));
     let orders = bench.tell(done(1, 2));
     gives_up(&bench, &orders);
@@ -271,6 +273,7 @@ fn the_time_out_suspends_and_the_move_finishes() {
     assert_eq!(bench.wait(), ["tell", "Pause(Copy)"]);
     let at = bench.now;
     assert_eq!(bench.tell(Input::Paused { at, drained: at }), [""; 0]);
+    bench.tell(idle(1));
     bench.tell(sent(1, 3));
     bench.tell(done(1, 3));
     let orders = bench.tell(Input::Collected { found: pages(9) });
@@ -280,7 +283,7 @@ fn the_time_out_suspends_and_the_move_finishes() {
 #[test]
 fn rounds_that_do_not_shrink_keep_the_guest_where_nothing_else_is_allowed() {
     let mut bench = Bench::with(config(), RunState::Running, Verdict::GiveUp);
-    for (fact, _) in happy_path().into_iter().take(9) {
+    for (fact, _) in happy_path().into_iter().take(11) {
         bench.tell(fact);
     }
     let orders = bench.tell(Input::Collected { found: pages(9) });
@@ -296,7 +299,7 @@ fn a_limit_below_the_floor_is_told_once() {
         ..config()
     };
     let mut bench = Bench::with(config, RunState::Running, Verdict::Continue);
-    for (fact, _) in happy_path().into_iter().take(9) {
+    for (fact, _) in happy_path().into_iter().take(11) {
         bench.tell(fact);
     }
     let found = pages(2);
@@ -304,7 +307,8 @@ fn a_limit_below_the_floor_is_told_once() {
         bench.tell(Input::Collected { found }),
         ["tell", "Flush", "copy 2 in round 2, Tell"]
     );
-    bench.tell(sent(2, 5));
+    bench.tell(idle(2));
+    bench.tell(sent(2, 2));
     bench.tell(done(2, 2));
     let found = pages(2);
     assert_eq!(
@@ -321,7 +325,7 @@ fn a_paused_move_holds_the_guest_before_the_first_round() {
         RunState::Running,
         Verdict::Stop,
     );
-    for (fact, _) in happy_path().into_iter().take(5) {
+    for (fact, _) in happy_path().into_iter().take(6) {
         bench.tell(fact);
     }
     assert_eq!(
@@ -343,13 +347,14 @@ fn somebody_elses_resume_turns_a_paused_move_into_a_live_one() {
         RunState::Running,
         Verdict::Continue,
     );
-    for (fact, _) in happy_path().into_iter().take(6) {
+    for (fact, _) in happy_path().into_iter().take(7) {
         bench.tell(fact);
     }
     let orders = bench.tell(Input::Guest(GuestEvent::ForeignResume));
     assert_eq!(orders, ["tell", "Flush", "copy 3 in round 1, Skip"]);
     let at = bench.now;
     bench.tell(Input::Paused { at, drained: at });
+    bench.tell(idle(1));
     bench.tell(sent(1, 3));
     bench.tell(done(1, 3));
     let orders = bench.tell(Input::Collected { found: pages(2) });
@@ -415,7 +420,7 @@ fn what_comes_late_while_undoing_changes_nothing() {
     let mut bench = Bench::at(Phase::Preparing);
     bench.tell(Input::Command(Command::Cancel));
     let late = [
-        Input::LanesOpen,
+        Input::LaneOpen(TWO),
         failure(Step::Journal),
         failure(Step::OpenLanes),
         lost(),
@@ -455,6 +460,7 @@ fn a_source_that_cannot_be_put_back_says_so() {
 fn a_flush_under_way_is_waited_for_without_another_round() {
     for suspended in [None, Some(Command::Suspend)] {
         let mut bench = Bench::at(Phase::Copying);
+        bench.tell(idle(1));
         bench.tell(sent(1, 3));
         assert_eq!(bench.tell(done(1, 3)), ["collect, rearm Yes"]);
         assert_eq!(bench.tell(Input::Collected { found: pages(2) }), [""; 0]);
@@ -476,6 +482,7 @@ fn a_flush_under_way_is_waited_for_without_another_round() {
 #[test]
 fn a_flush_that_hangs_is_not_waited_for_twice() {
     let mut bench = Bench::at(Phase::Copying);
+    bench.tell(idle(1));
     bench.tell(sent(1, 3));
     bench.tell(done(1, 3));
     let found = || Input::Collected { found: pages(2) };

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use ferry_stream::frame::Generation;
 use ferry_stream::message::{
-    AbortCode, Features, Hello, Message, Mode, Offer, Purpose, RegionInfo, Round, Run, SessionId,
-    Versions,
+    AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
+    Round, Run, SessionId, Versions,
 };
 
 use super::{Target, TargetConfig, TargetLimits};
@@ -61,8 +62,27 @@ pub(super) fn complete(round: u32, pages: u64) -> Input {
 }
 
 pub(super) fn ended(round: u32, pages: u64) -> Input {
-    let round = Round(round);
-    Input::RoundEnded { round, pages }
+    ended_by(ONE, round, pages)
+}
+
+pub(super) fn lane(index: u16, generation: u16) -> LaneId {
+    LaneId {
+        index: LaneIndex(index),
+        generation: Generation(generation),
+    }
+}
+
+pub(super) const ONE: LaneId = LaneId::first(LaneIndex(1));
+pub(super) const TWO: LaneId = LaneId::first(LaneIndex(2));
+
+/// A lane's end of a round: its frame number `round`, one being an end as well.
+pub(super) fn ended_by(lane: LaneId, round: u32, pages: u64) -> Input {
+    Input::RoundEnded {
+        lane,
+        round: Round(round),
+        pages,
+        frames: u64::from(round) * 2,
+    }
 }
 
 pub(super) fn failure(step: Step) -> Input {
@@ -127,7 +147,13 @@ impl Bench {
 
     pub(super) fn tell(&mut self, input: Input) -> Vec<String> {
         self.now = self.now.after(Duration::from_millis(1));
+        let greets = matches!(input, Input::Received(Message::Hello(_)));
         self.machine.handle(self.now, input);
+        if greets && self.machine.phase() == Phase::Preparing {
+            for lane in [ONE, TWO] {
+                self.machine.enlist(lane).unwrap();
+            }
+        }
         self.orders()
     }
 
@@ -172,14 +198,13 @@ pub(super) fn happy_path() -> Vec<(Input, Vec<&'static str>)> {
             vec!["send Welcome", "journal Receiving", "Prepare"],
         ),
         (Input::Journaled(Record::Receiving), vec![]),
-        (Input::LanesOpen, vec![]),
         (Input::Prepared, vec!["BeginLoad", "send Prepared"]),
         (ended(1, 5), vec![]),
-        (ended(1, 6), vec!["send RoundDone"]),
+        (ended_by(TWO, 1, 6), vec!["send RoundDone"]),
         (got(Message::Paused), vec![]),
         (complete(2, 14), vec![]),
         (ended(2, 3), vec![]),
-        (ended(2, 0), vec!["send RoundDone", "ReleaseLoad"]),
+        (ended_by(TWO, 2, 0), vec!["send RoundDone", "ReleaseLoad"]),
         (Input::Loaded, vec!["send Ready"]),
         (got(Message::Go { run: Run::Run }), vec!["journal Taken"]),
         (Input::Journaled(Record::Taken), vec!["Resume"]),

@@ -2,6 +2,7 @@
 
 use ferry_stream::message::{Features, Hello, Message, Offer, Versions, Welcome};
 
+use super::lanes::Lanes;
 use super::receiving::Preparing;
 use super::{Shared, State};
 use crate::core::layout::{Layout, Region};
@@ -16,7 +17,7 @@ impl Shared {
         match self.agree(hello) {
             Ok(welcome) => {
                 self.session = Some(session);
-                self.lanes = welcome.lanes;
+                self.lanes = Lanes::none_of(welcome.lanes);
                 self.send(Message::Welcome(welcome));
                 self.journal(Record::Receiving);
                 self.actions.push_back(Action::Prepare);

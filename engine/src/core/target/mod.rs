@@ -16,6 +16,9 @@
 mod bench;
 mod ending;
 mod greeting;
+#[cfg(test)]
+mod lane_tests;
+mod lanes;
 mod receiving;
 #[cfg(test)]
 mod tests;
@@ -24,9 +27,10 @@ use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
-use ferry_stream::message::{Message, SessionId};
+use ferry_stream::message::{LaneId, Message, SessionId};
 
 use self::ending::{Parting, Refusing, Returning, Taking};
+use self::lanes::Lanes;
 use self::receiving::{Preparing, Receiving};
 use crate::core::message::{
     Action, Command, Failure, Input, Inquirer, MayHaveRun, Moment, Notice, Outcome, Phase, Reason,
@@ -46,7 +50,7 @@ pub struct TargetConfig {
 /// How long the target waits for the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TargetLimits {
-    /// For page lanes to stand and RAM to be blank.
+    /// For the VMM to be ready to load.
     pub preparing: Duration,
     /// For Go, after Ready.
     pub offered: Duration,
@@ -55,6 +59,9 @@ pub struct TargetLimits {
     pub linger: Duration,
     /// For an answer to be read, after it was given.
     pub parting: Duration,
+    /// After which a page lane on which nothing comes is dead, when others have ended the round: it
+    /// is fenced then, and its pages go over those.
+    pub lane_silence: Duration,
 }
 
 impl Default for TargetLimits {
@@ -64,6 +71,7 @@ impl Default for TargetLimits {
             offered: Duration::from_secs(120),
             linger: Duration::from_secs(90),
             parting: Duration::from_secs(2),
+            lane_silence: Duration::from_millis(500),
         }
     }
 }
@@ -98,7 +106,7 @@ struct Shared {
     config: TargetConfig,
     inventory: Inventory,
     session: Option<SessionId>,
-    lanes: u16,
+    lanes: Lanes,
     actions: VecDeque<Action>,
     /// Records that are being written, in order: a failure does not say which one it is.
     journaling: VecDeque<Record>,
@@ -122,7 +130,7 @@ impl Target {
             config,
             inventory,
             session: None,
-            lanes: 0,
+            lanes: Lanes::default(),
             actions: VecDeque::new(),
             journaling: VecDeque::new(),
             inquirers: Vec::new(),
@@ -153,12 +161,21 @@ impl Target {
 
     /// When [`Target::handle_timeout`] wants to be called, if nothing happens before.
     pub fn poll_timeout(&self) -> Option<Moment> {
-        self.shared.deadline.map(|(at, _)| at)
+        let deadline = self.shared.deadline.map(|(at, _)| at);
+        let look = self
+            .shared
+            .lanes
+            .look_at()
+            .filter(|_| self.state.takes_pages());
+        [deadline, look].into_iter().flatten().min()
     }
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now: Moment) {
         self.shared.now = now;
+        if self.shared.lanes.looks(now) && self.state.takes_pages() {
+            self.shared.actions.push_back(Action::LookAtLanes);
+        }
         let Some((_, limit)) = self.shared.deadline.take_if(|(at, _)| *at <= now) else {
             return;
         };
@@ -185,7 +202,15 @@ impl Target {
 
     /// Page lanes agreed on; 0 before that.
     pub fn lanes(&self) -> u16 {
-        self.shared.lanes
+        self.shared.lanes.most()
+    }
+
+    /// Lets a page lane take part: to be asked when its hello has come, before it is answered.
+    pub fn enlist(&mut self, lane: LaneId) -> Result<(), &'static str> {
+        if !self.state.takes_pages() {
+            return Err("no pages are taken any more");
+        }
+        self.shared.lanes.enlist(lane)
     }
 
     /// What is going on.
@@ -254,6 +279,14 @@ impl Shared {
                 self.peer = Peer::Lost;
                 state.trouble(self, Reason::LinkLost { what })
             }
+            Input::Received(Message::Fence(lane)) => self.fence(state, lane),
+            Input::LaneLost { lane, what } => self.lane_lost(state, lane, what),
+            Input::LaneEnded {
+                lane,
+                frames,
+                pages,
+            } => self.lane_ended(state, lane, frames, pages),
+            Input::LanesSeen(looked) => self.lanes_seen(state, &looked),
             Input::Journaled(record) => {
                 if self.journaling.front() == Some(&record) {
                     self.journaling.pop_front();

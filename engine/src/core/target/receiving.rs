@@ -1,17 +1,15 @@
 //! RAM and device state come in. Nothing is owned here, and everything can still be refused.
 
-use std::mem;
-
-use ferry_stream::message::{Message, Round};
+use ferry_stream::message::{LaneId, Message, Round};
 
 use super::ending::Parting;
+use super::lanes::Fence;
 use super::{Shared, State};
-use crate::core::message::{Action, Input, Moment, Phase, Reason, Record};
+use crate::core::message::{Action, Input, LaneSeen, Moment, Phase, Reason, Record};
 
 #[derive(Default)]
 pub(super) struct Preparing {
     journaled: bool,
-    lanes_open: bool,
     prepared: bool,
 }
 
@@ -19,36 +17,21 @@ impl Preparing {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
         match input {
             Input::Journaled(Record::Receiving) => self.journaled = true,
-            Input::LanesOpen => self.lanes_open = true,
             Input::Prepared => self.prepared = true,
             input => return shared.unexpected(State::Preparing(self), &input),
         }
-        if !(self.journaled && self.lanes_open && self.prepared) {
+        if !(self.journaled && self.prepared) {
             return State::Preparing(self);
         }
         shared.deadline = None;
         shared.actions.push_back(Action::BeginLoad);
         shared.send(Message::Prepared);
-        State::Receiving(Receiving {
-            done: Round(0),
-            ended_lanes: 0,
-            pages: 0,
-            total_pages: 0,
-            complete: None,
-        })
+        State::Receiving(Receiving { complete: None })
     }
 }
 
 /// RAM comes, round by round.
 pub(super) struct Receiving {
-    /// The round that is over.
-    done: Round,
-    /// Lanes whose end of the next round came.
-    ended_lanes: u16,
-    /// Pages of the next round on those lanes.
-    pages: u64,
-    /// Pages of all rounds that are over.
-    total_pages: u64,
     /// What the source said of the end.
     complete: Option<Complete>,
 }
@@ -64,8 +47,15 @@ struct Complete {
 impl Receiving {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
         match input {
-            Input::RoundEnded { round, pages } if round.0 == self.done.0 + 1 => {
-                self.end_lane(shared, round, pages);
+            Input::RoundEnded {
+                lane,
+                round,
+                pages,
+                frames,
+            } => {
+                if let Err(reason) = shared.lanes.end_round(lane, round, pages, frames) {
+                    return shared.refuse(reason, Parting::Done);
+                }
             }
             Input::Received(Message::Complete {
                 round,
@@ -81,54 +71,39 @@ impl Receiving {
                 });
             }
             Input::Received(Message::Paused) => {}
-            Input::RoundEnded { .. } => {
-                let what = "the end of another round";
-                return shared.refuse(
-                    Reason::Protocol {
-                        what,
-                        phase: Phase::Receiving,
-                    },
-                    Parting::Done,
-                );
-            }
             Input::Loaded => {
                 let what = "device state that ends before it was complete";
-                return shared.refuse(
-                    Reason::Protocol {
-                        what,
-                        phase: Phase::Receiving,
-                    },
-                    Parting::Done,
-                );
+                let phase = Phase::Receiving;
+                return shared.refuse(Reason::Protocol { what, phase }, Parting::Done);
             }
             input => return shared.unexpected(State::Receiving(self), &input),
         }
+        self.advance(shared)
+    }
+
+    /// What was said of the end was said before a lane died.
+    fn void(&mut self) {
+        self.complete = None;
+    }
+
+    fn advance(self, shared: &mut Shared) -> State {
+        if let Some((round, pages)) = shared.lanes.finish_round() {
+            shared.send(Message::RoundDone { round, pages });
+        }
+        shared.watch_lanes();
         self.load_when_complete(shared)
     }
 
-    fn end_lane(&mut self, shared: &mut Shared, round: Round, pages: u64) {
-        self.ended_lanes += 1;
-        self.pages = self.pages.saturating_add(pages);
-        if self.ended_lanes < shared.lanes {
-            return;
-        }
-        let pages = mem::take(&mut self.pages);
-        self.ended_lanes = 0;
-        self.done = round;
-        self.total_pages = self.total_pages.saturating_add(pages);
-        shared.send(Message::RoundDone { round, pages });
-    }
-
     fn load_when_complete(self, shared: &mut Shared) -> State {
-        let Some(complete) = self.complete.filter(|complete| complete.round <= self.done) else {
+        let (done, ours) = shared.lanes.total();
+        let Some(complete) = self.complete.filter(|complete| complete.round <= done) else {
             return State::Receiving(self);
         };
-        if complete.round != self.done || complete.pages != self.total_pages {
-            let (ours, theirs) = (self.total_pages, complete.pages);
+        if complete.round != done || complete.pages != ours {
             let reason = Reason::Miscounted {
-                round: self.done,
+                round: done,
                 ours,
-                theirs,
+                theirs: complete.pages,
             };
             return shared.refuse(reason, Parting::Done);
         }
@@ -144,5 +119,85 @@ impl Shared {
         self.send(Message::Ready { load_us });
         self.bound(self.config.limits.offered);
         State::Offered
+    }
+
+    fn watch_lanes(&mut self) {
+        self.lanes.watch(self.now, self.config.limits.lane_silence);
+    }
+
+    /// A lane is dead here. The source may not see that, and it is the one to act.
+    pub(super) fn lane_lost(&mut self, state: State, lane: LaneId, what: String) -> State {
+        if state.takes_pages() && self.lanes.lose(lane) {
+            self.send(Message::LaneLost { lane, text: what });
+        }
+        state
+    }
+
+    pub(super) fn fence(&mut self, mut state: State, lane: LaneId) -> State {
+        let found = match &mut state {
+            State::Preparing(_) => self.lanes.fence(lane),
+            State::Receiving(receiving) => {
+                receiving.void();
+                self.lanes.fence(lane)
+            }
+            State::Loading(_) | State::Offered => self.lanes.fence_late(lane),
+            _ => return self.unexpected(state, &Input::Received(Message::Fence(lane))),
+        };
+        match found {
+            Some(Fence::Worker) => self.actions.push_back(Action::EndLane(lane)),
+            Some(Fence::Answer { frames }) => self.fenced(lane, frames, 0),
+            None => return self.unexpected(state, &Input::Received(Message::Fence(lane))),
+        }
+        state
+    }
+
+    /// A lane's worker has ended. Its word comes before that of the round, which it may have held up.
+    pub(super) fn lane_ended(
+        &mut self,
+        state: State,
+        lane: LaneId,
+        frames: u64,
+        pages: u64,
+    ) -> State {
+        if !state.takes_pages() || !self.lanes.ended(lane, pages) {
+            return state;
+        }
+        self.fenced(lane, frames, pages);
+        match state {
+            State::Receiving(receiving) => receiving.advance(self),
+            state => state,
+        }
+    }
+
+    fn fenced(&mut self, lane: LaneId, frames: u64, pages: u64) {
+        self.send(Message::Fenced {
+            lane,
+            frames,
+            pages,
+        });
+    }
+
+    /// Tells the source of lanes on which nothing comes, though the others have ended the round.
+    pub(super) fn lanes_seen(&mut self, state: State, looked: &[LaneSeen]) -> State {
+        if !matches!(state, State::Receiving(_)) {
+            return state;
+        }
+        let silence = self.config.limits.lane_silence;
+        for lane in self.lanes.silent(self.now, silence, looked) {
+            if self.lanes.lose(lane) {
+                let ms = silence.as_millis();
+                let text = format!("nothing came for {ms} ms after other lanes ended the round");
+                self.send(Message::LaneLost { lane, text });
+            }
+        }
+        self.watch_lanes();
+        state
+    }
+}
+
+impl State {
+    /// True as long as pages may come.
+    pub(super) fn takes_pages(&self) -> bool {
+        matches!(self, Self::Preparing(_) | Self::Receiving(_))
     }
 }

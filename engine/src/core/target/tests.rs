@@ -249,7 +249,7 @@ fn counts_that_differ_refuse() {
     let mut bench = Bench::at(Phase::Receiving);
     bench.tell(complete(1, 12));
     bench.tell(ended(1, 5));
-    let orders = bench.tell(ended(1, 6));
+    let orders = bench.tell(ended_by(TWO, 1, 6));
     assert_eq!(orders, [&["send RoundDone"][..], &REFUSAL].concat());
     let mut skipped = Bench::at(Phase::Receiving);
     assert_eq!(skipped.tell(ended(2, 5)), REFUSAL);

@@ -1,0 +1,176 @@
+//! A sending lane's thread: takes chunks, reads them, and writes them to its connection.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+
+use ferry_stream::lane::PageLaneWriter;
+use ferry_stream::link::Lane;
+use ferry_stream::message::{LaneId, Round};
+use ferry_stream::pages::{PageFrame, PageRun, Zeros};
+
+use super::encode::OnLane;
+use super::log::Log;
+use super::send::{CHUNK_PAGES, CHUNK_RUNS, Outfit, Queue, Run};
+use super::{PanicWatch, is_death};
+use crate::core::message::{Failure, Input, Step, ZeroPages};
+use crate::core::outcome::in_full;
+use crate::vmm::VmmError;
+
+/// Why a lane's thread ends.
+enum Broken {
+    Wire(ferry_stream::Error),
+    Vmm(VmmError),
+}
+
+impl From<ferry_stream::Error> for Broken {
+    fn from(error: ferry_stream::Error) -> Self {
+        Self::Wire(error)
+    }
+}
+
+impl From<VmmError> for Broken {
+    fn from(error: VmmError) -> Self {
+        Self::Vmm(error)
+    }
+}
+
+/// One lane's thread.
+pub(super) struct Sender {
+    id: LaneId,
+    lane: Box<dyn Lane>,
+    writer: PageLaneWriter,
+    frame: PageFrame,
+    outfit: Outfit,
+    log: Log,
+    /// Set when this side ends the lane: that it ends is no news then.
+    cut: Arc<AtomicBool>,
+}
+
+impl Sender {
+    pub(super) fn new(
+        id: LaneId,
+        lane: Box<dyn Lane>,
+        outfit: Outfit,
+        cut: Arc<AtomicBool>,
+    ) -> Self {
+        Self {
+            id,
+            lane,
+            writer: PageLaneWriter::new(id),
+            frame: PageFrame::new(CHUNK_PAGES),
+            outfit,
+            log: Log::default(),
+            cut,
+        }
+    }
+
+    /// Sends round after round. Whatever ends it, its log says what it had taken.
+    pub(super) fn run(mut self, rounds: &mpsc::Receiver<Arc<Queue>>) -> Log {
+        let facts = self.outfit.facts.clone();
+        let _watch = PanicWatch(facts.clone());
+        let mut runs = Vec::with_capacity(CHUNK_RUNS);
+        for queue in rounds {
+            if let Err(broken) = self.round(&queue, &mut runs) {
+                match broken {
+                    _ if self.is_cut() => {}
+                    Broken::Wire(error) if is_death(&error) => facts.tell(Input::LaneLost {
+                        lane: self.id,
+                        what: in_full(&error),
+                    }),
+                    Broken::Wire(error) => {
+                        facts.tell(Input::Failed(Failure::new(Step::Pages, error)));
+                    }
+                    Broken::Vmm(error) => {
+                        facts.tell(Input::Failed(Failure::new(Step::Pages, error)));
+                    }
+                }
+                break;
+            }
+        }
+        self.log
+    }
+
+    fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::Acquire)
+    }
+
+    fn round(&mut self, queue: &Arc<Queue>, runs: &mut Vec<Run>) -> Result<(), Broken> {
+        self.log.begin(queue, self.writer.frames());
+        while let Some(at) = queue.take(runs) {
+            // Before anything can fail: from here on the chunk is nobody else's.
+            self.log.take(at);
+            self.fill(queue, runs)?;
+            self.encode(queue.round);
+            let pages = self.frame.pages();
+            self.log.tell(pages);
+            self.outfit.pacer.pay(self.frame.wire_bytes(), &self.cut);
+            self.go_on()?;
+            let bytes = self.writer.send(&mut *self.lane, &mut self.frame)?;
+            let counters = &self.outfit.counters;
+            counters.pages.fetch_add(pages, Ordering::AcqRel);
+            counters.bytes.fetch_add(bytes, Ordering::AcqRel);
+        }
+        self.go_on()?;
+        let bytes = self.writer.end_round(&mut *self.lane, queue.round)?;
+        let counters = &self.outfit.counters;
+        counters.bytes.fetch_add(bytes, Ordering::AcqRel);
+        self.outfit.facts.tell(Input::LaneSent {
+            lane: self.id,
+            round: queue.round,
+            pages: self.log.told(),
+            totals: counters.totals(),
+        });
+        Ok(())
+    }
+
+    fn encode(&mut self, round: Round) {
+        let lane = OnLane {
+            index: usize::from(self.id.index.0),
+            round,
+            socket: self.lane.socket(),
+            bandwidth: self.outfit.pacer.limit(),
+        };
+        self.outfit.encoder.encode(&mut self.frame, lane);
+    }
+
+    /// A lane that was cut takes no further chunk.
+    fn go_on(&self) -> Result<(), Broken> {
+        if self.is_cut() {
+            return Err(Broken::Wire(
+                io::Error::from(io::ErrorKind::ConnectionAborted).into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Copies the runs from guest RAM into the frame, without their zero pages.
+    fn fill(&mut self, queue: &Queue, runs: &[Run]) -> Result<(), Broken> {
+        self.frame.begin(queue.round);
+        for &Run { region, range } in runs {
+            let count = u32::try_from(range.count).expect("a chunk has at most CHUNK_PAGES pages");
+            let run = PageRun {
+                region: region.0,
+                first: range.first.0,
+                count,
+            };
+            self.outfit
+                .ram
+                .read(region, range, self.frame.push_raw(run)?)?;
+            let zeros = match queue.zeros {
+                ZeroPages::Tell => Zeros::Tell,
+                ZeroPages::Skip => Zeros::Skip,
+            };
+            let zero_pages = self.frame.elide_zeros(zeros);
+            let counters = &self.outfit.counters;
+            counters.zero_pages.fetch_add(zero_pages, Ordering::AcqRel);
+            if zeros == Zeros::Skip {
+                counters
+                    .skipped_pages
+                    .fetch_add(zero_pages, Ordering::AcqRel);
+            }
+        }
+        Ok(())
+    }
+}
