@@ -384,13 +384,11 @@ mod tests {
         }
         assert_eq!(meter.latency(), ASSUMED_LATENCY);
         meter.begin_round(ms(200), Round(1), 1);
-        meter.end_round(
-            ms(203),
-            LaneTotals {
-                bytes: 125_000,
-                ..LaneTotals::default()
-            },
-        );
+        meter.sent(LaneTotals {
+            bytes: 125_000,
+            ..LaneTotals::default()
+        });
+        meter.end_round(ms(203));
         // 125,000 bytes take 1 ms at the rate that is assumed.
         assert_eq!(meter.latency(), Duration::from_millis(2));
     }
