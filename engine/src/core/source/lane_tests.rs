@@ -162,7 +162,8 @@ fn a_guest_that_stands_does_not_wait_for_a_lane_to_open() {
     bench.tell(done(1, 3));
     let orders = bench.tell(Input::Collected { found: pages(1) });
     let again = "cut lane 2 (generation 1)";
-    assert_eq!(orders, [again, "send Fence", "Pause(Switchover)"]);
+    // Before that it may tell what the long wait makes it think of the limit.
+    assert!(orders.ends_with(&[again, "send Fence", "Pause(Switchover)"].map(str::to_owned)));
     assert_eq!(bench.tell(Input::LaneOpen(lane(2, 1))), [""; 0]);
     bench.tell(fenced(lane(2, 1), 0));
     bench.tell(reclaimed(lane(2, 1), 0, 0, pages(0)));
