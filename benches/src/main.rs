@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         read(path)?
     } else {
         let _turn = Turn::take()?;
-        plan.measure()?
+        plan.measure(|figures| write(&args.told, figures))?
     };
     write(&args.told, &figures)?;
     print!("{}", table::of(&figures));

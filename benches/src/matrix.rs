@@ -62,8 +62,11 @@ impl Camp {
 }
 
 impl Plan {
-    /// Measures it all.
-    pub fn measure(&self) -> Result<Figures, TestbedError> {
+    /// Measures it all; shows what there is after each case, as the next may come to nothing.
+    pub fn measure<E: From<TestbedError>>(
+        &self,
+        mut show: impl FnMut(&Figures) -> Result<(), E>,
+    ) -> Result<Figures, E> {
         let mut figures = Figures {
             host: Host::here()?,
             target_host: self.there.as_ref().map(hosts::describe).transpose()?,
@@ -73,6 +76,10 @@ impl Plan {
             left_out: Vec::new(),
         };
         let has_lanes = ferry_has_lanes()?;
+        if !has_lanes {
+            let without = "ferry:LANES: this ferry has no --parallel-connections".into();
+            figures.left_out.push(without);
+        }
         for case in &self.cases {
             let peers = self
                 .peers_of(case)
@@ -83,10 +90,7 @@ impl Plan {
                 measuring.leave_out_what_does_not_fit(&mut figures.left_out);
             }
             figures.cases.push(measuring.measure(self.runs)?);
-        }
-        if !has_lanes {
-            let without = "ferry:LANES: this ferry has no --parallel-connections".into();
-            figures.left_out.push(without);
+            show(&figures)?;
         }
         Ok(figures)
     }
@@ -200,7 +204,7 @@ impl<'a> Measuring<'a> {
                     _ => 1,
                 };
                 for _ in 0..moves {
-                    self.carry(at)?;
+                    self.carry(at);
                 }
             }
         }
@@ -219,19 +223,22 @@ impl<'a> Measuring<'a> {
     }
 
     /// One move. One that fails ends its guest and is noted; the next begins with a fresh one.
-    fn carry(&mut self, at: usize) -> Result<(), TestbedError> {
-        let (peer, memory) = (self.series[at].peer, self.series[at].memory);
+    fn carry(&mut self, at: usize) {
+        let peer = self.series[at].peer;
         let camp = self.camp(&self.series[at]);
         let place = self.courses.iter().position(|(of, _)| *of == camp);
-        let place = if let Some(place) = place {
-            place
-        } else {
-            let course = self.course(memory)?;
-            self.courses.push((camp, course));
-            self.courses.len() - 1
+        // Taken out: whoever fails is not put back.
+        let course = match place {
+            Some(place) => Ok(self.courses.swap_remove(place).1),
+            None => self.course(camp.memory),
         };
+        let carried = course.and_then(|mut course| {
+            let moved = course.carry(peer)?;
+            self.courses.push((camp, course));
+            Ok(moved)
+        });
         let series = &mut self.series[at];
-        match self.courses[place].1.carry(peer) {
+        match carried {
             Ok(moved) => {
                 eprintln!(
                     "  {:<22} total {:>8.0} ms, blackout {:>7.1} ms, {:>6.0} MiB",
@@ -245,10 +252,8 @@ impl<'a> Measuring<'a> {
             Err(error) => {
                 eprintln!("  {:<22} FAILED: {error}", series.label());
                 series.failures.push(error.to_string());
-                self.courses.remove(place);
             }
         }
-        Ok(())
     }
 }
 
