@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_engine::Bandwidth;
+use ferry_engine::core::converge::{Converge, Verdict, View};
 use ferry_engine::core::message::{Notice, Outcome, Phase, Reason};
 use ferry_engine::core::source::LanePlan;
 use ferry_engine::job::{Job, Retire, SourceBuilder, TargetJob};
@@ -288,6 +289,47 @@ async fn a_bandwidth_is_kept_and_can_be_changed() -> Outcomes {
     let ended = ends(job, target).await;
     pair.check(&ended);
     assert!(began.elapsed() < BOUND);
+    Ok(())
+}
+
+/// Stops after so many collections.
+struct After(u32);
+
+impl Converge for After {
+    fn decide(&mut self, _: &View<'_>) -> Verdict {
+        self.0 = self.0.saturating_sub(1);
+        match self.0 {
+            0 => Verdict::Stop,
+            _ => Verdict::Continue,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_rewritten_all_the_time_waits_and_is_not_forgotten() -> Outcomes {
+    let shape = Shape {
+        name: "ram",
+        pages: 1024,
+        filled: 512,
+        busy: 4,
+    };
+    let model = Model {
+        shapes: vec![shape],
+        rate_pages_per_s: 20_000,
+        ..Model::default()
+    };
+    let pair = Pair::new(&model)?;
+    // A round of one page takes 2 ms, in which each of four pages is written ten times.
+    let paced = |source: SourceBuilder| source.with_bandwidth(rate(2 << 20));
+    let ended = moved(&pair, |source| {
+        paced(source).with_converge(Box::new(After(12)))
+    })
+    .await;
+    wait_for_writes(&pair, 200)?;
+    pair.check(&ended);
+    let report = &ended.source.report;
+    assert!(matches!(ended.source.outcome, Outcome::Moved), "{ended:?}");
+    assert!(report.held_pages >= 8, "{report:?}");
     Ok(())
 }
 

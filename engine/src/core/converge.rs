@@ -23,25 +23,33 @@ pub struct View<'a> {
     pub dirty_bytes_per_s: u64,
     /// What the VMMs take of a switchover: pause, device state both ways, resume.
     pub vmm: Duration,
-    /// What looking for dirty pages takes, with hardly any: the slowest of late.
-    pub scan: Duration,
-    /// What a round takes besides sending its pages: the slowest of late.
-    pub latency: Duration,
+    /// What looking for dirty pages takes, with hardly any.
+    pub scan: Spread,
+    /// What a round takes besides sending its pages.
+    pub latency: Spread,
     /// The downtime limit.
     pub limit: Duration,
 }
 
 impl View<'_> {
-    /// What a switchover with nothing dirty costs: the VMMs' share, and two scans and rounds, before
-    /// the device state is saved and after it.
+    /// What a switchover with nothing dirty costs at best: the VMMs' share, and two scans and rounds,
+    /// before the device state is saved and after it.
     pub fn floor(&self) -> Duration {
-        let each = self.scan.saturating_add(self.latency);
+        let each = self.scan.best.saturating_add(self.latency.best);
         self.vmm.saturating_add(each.saturating_mul(2))
     }
 
-    /// The blackout if the guest were stopped now: the floor, and what is dirty, and will be before it
-    /// stands, at the link's rate.
+    /// The blackout if the guest were stopped now: the prediction at best, and what scans and rounds
+    /// have been slower of late.
     pub fn predicted(&self) -> Duration {
+        let each = self.scan.excess().saturating_add(self.latency.excess());
+        self.predicted_at_best()
+            .saturating_add(each.saturating_mul(2))
+    }
+
+    /// The blackout if the guest were stopped now and the machine left us alone: the floor, and what is
+    /// dirty, and will be before the guest stands, at the link's rate.
+    pub fn predicted_at_best(&self) -> Duration {
         let fresh_bytes = u128::from(self.dirty_bytes_per_s) * STOP_DELAY.as_millis() / 1000;
         let fresh_pages = u64::try_from(fresh_bytes / PAGE_SIZE as u128).unwrap_or(u64::MAX);
         let pages = self.dirty_pages.saturating_add(fresh_pages);
@@ -55,9 +63,32 @@ impl View<'_> {
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
+    /// How many pages may wait for the last round: what fits into a half of what the limit leaves for
+    /// pages. The other half is for those that are dirty by chance.
+    pub fn may_wait(&self) -> u64 {
+        let room = self.effective_limit().saturating_sub(self.floor()) / 2;
+        let bytes = u128::from(self.rate_bytes_per_s) * room.as_nanos() / 1_000_000_000;
+        u64::try_from(bytes / PAGE_SIZE as u128).unwrap_or(u64::MAX)
+    }
+
     /// The limit that counts: never below what an empty switchover costs.
     pub fn effective_limit(&self) -> Duration {
         self.limit.max(self.floor().saturating_add(LEAST_TRANSFER))
+    }
+}
+
+/// Durations of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Spread {
+    /// The shortest of all.
+    pub best: Duration,
+    /// The longest of late: what comes next may take as long.
+    pub slowest: Duration,
+}
+
+impl Spread {
+    fn excess(self) -> Duration {
+        self.slowest.saturating_sub(self.best)
     }
 }
 
@@ -87,13 +118,16 @@ pub trait Converge: Send {
 }
 
 /// The default rule: stops when the predicted blackout fits the downtime limit, but not while a
-/// further round costs little and would still cut it; gives up when rounds no longer shrink.
+/// further round costs little and would still cut it; gives up when rounds no longer shrink. Where
+/// only a busy machine stands against it, it lets a few rounds go by for that to pass.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DowntimeLimit {
     /// The least dirty set so far.
     best: Option<u64>,
     /// Rounds in a row that did not improve on it.
     stalled: u32,
+    /// Rounds in a row that would have fitted if the machine had been quiet.
+    unquiet: u32,
 }
 
 /// A round "shrinks" when it leaves less than this part of the best so far, in percent.
@@ -101,6 +135,9 @@ const SHRINK_PERCENT: u64 = 90;
 
 /// Rounds in a row that do not shrink before the rule gives up: enough for a burst to pass.
 const PATIENCE: u32 = 12;
+
+/// Rounds that are let go by for a busy machine to become quiet: some tens of milliseconds.
+const UNQUIET_ROUNDS: u32 = 8;
 
 /// When what is left takes less than this part of the floor to send, a further round gains nothing
 /// that the guest would notice.
@@ -117,11 +154,15 @@ impl Converge for DowntimeLimit {
         } else {
             self.stalled += 1;
         }
-        let fits = view.predicted() <= view.effective_limit();
+        let fits_at_best = view.predicted_at_best() <= view.effective_limit();
+        let is_quiet = view.predicted() <= view.effective_limit();
+        let waits = fits_at_best && !is_quiet && self.unquiet < UNQUIET_ROUNDS;
+        self.unquiet = if waits { self.unquiet + 1 } else { 0 };
+        let fits = fits_at_best && !waits;
         let negligible = view.transfer(view.dirty_pages) <= view.floor() / NEGLIGIBLE;
         if fits && (negligible || !shrinks) {
             Verdict::Stop
-        } else if !fits && self.stalled > PATIENCE {
+        } else if !fits_at_best && self.stalled > PATIENCE {
             Verdict::GiveUp
         } else {
             Verdict::Continue
@@ -142,10 +183,37 @@ mod tests {
             rate_bytes_per_s: 100 * MIB_PER_S,
             dirty_bytes_per_s: 0,
             vmm: Duration::from_millis(6),
-            scan: Duration::from_millis(1),
-            latency: Duration::from_millis(1),
+            scan: always(1),
+            latency: always(1),
             limit: Duration::from_millis(50),
         }
+    }
+
+    fn always(ms: u64) -> Spread {
+        let span = Duration::from_millis(ms);
+        Spread {
+            best: span,
+            slowest: span,
+        }
+    }
+
+    #[test]
+    fn lets_a_busy_moment_pass_but_not_for_ever() {
+        let busy = View {
+            scan: Spread {
+                best: Duration::from_millis(1),
+                slowest: Duration::from_millis(30),
+            },
+            ..view(5)
+        };
+        assert!(busy.predicted() > busy.limit && busy.predicted_at_best() < busy.limit);
+        let mut rule = DowntimeLimit::default();
+        let rounds = std::iter::from_fn(|| Some(rule.decide(&busy)));
+        let waited = rounds.take_while(|verdict| *verdict == Verdict::Continue);
+        assert_eq!(waited.count(), UNQUIET_ROUNDS as usize);
+        let mut rule = DowntimeLimit::default();
+        assert_eq!(rule.decide(&busy), Verdict::Continue);
+        assert_eq!(rule.decide(&view(5)), Verdict::Stop, "it is quiet now");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ferry_stream::message::Round;
 
 use crate::core::blackout::{Blackout, Stopwatch};
+use crate::core::converge::Spread;
 use crate::core::encoding::EncodingTotals;
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{LaneTotals, Moment, Phase};
@@ -58,6 +59,9 @@ pub struct Report {
     pub bytes_wire: u64,
     /// Pages found to be zero.
     pub zero_pages: u64,
+    /// Pages that were not sent in a round because the guest rewrites them all the time; each counts
+    /// once for every round that it was kept out of.
+    pub held_pages: u64,
     /// Every round.
     pub rounds: Vec<RoundReport>,
     /// How the bytes of pages were packed.
@@ -145,6 +149,7 @@ pub(crate) struct Meter {
     blackout: Option<Stopwatch>,
     runs: Option<Moment>,
     state_bytes: u64,
+    held_pages: u64,
 }
 
 #[derive(Debug)]
@@ -259,14 +264,22 @@ impl Meter {
         within.or(self.rate).unwrap_or(ASSUMED_RATE).max(1)
     }
 
-    /// What a scan takes: the slowest of late.
-    pub(crate) fn scan(&self) -> Duration {
-        self.scans.slowest().unwrap_or_default()
+    /// What a scan takes.
+    pub(crate) fn scan(&self) -> Spread {
+        self.scans.spread().unwrap_or_default()
     }
 
-    /// What a round takes besides sending its pages: the slowest of late.
-    pub(crate) fn latency(&self) -> Duration {
-        self.latencies.slowest().unwrap_or(ASSUMED_LATENCY)
+    /// What a round takes besides sending its pages.
+    pub(crate) fn latency(&self) -> Spread {
+        self.latencies.spread().unwrap_or(Spread {
+            best: ASSUMED_LATENCY,
+            slowest: ASSUMED_LATENCY,
+        })
+    }
+
+    /// Notes that `pages` wait for a later round than the next.
+    pub(crate) fn held(&mut self, pages: u64) {
+        self.held_pages += pages;
     }
 
     pub(crate) fn dirty_rate(&self) -> u64 {
@@ -298,6 +311,7 @@ impl Meter {
             blackout: self.runs.and(self.blackout.as_ref()).map(Stopwatch::parts),
             bytes_wire: self.bytes_wire(),
             zero_pages: self.totals.zero_pages,
+            held_pages: self.held_pages,
             rounds: self.rounds.clone(),
             encoding: EncodingTotals::default(),
             lanes: 0,
@@ -306,20 +320,26 @@ impl Meter {
     }
 }
 
-/// The latest of some durations.
+/// The latest of some durations, and the shortest of all.
 #[derive(Debug, Default)]
-struct OfLate(VecDeque<Duration>);
+struct OfLate {
+    best: Option<Duration>,
+    latest: VecDeque<Duration>,
+}
 
 impl OfLate {
     fn push(&mut self, span: Duration) {
-        if self.0.len() == OF_LATE {
-            self.0.pop_front();
+        self.best = Some(self.best.map_or(span, |best| best.min(span)));
+        if self.latest.len() == OF_LATE {
+            self.latest.pop_front();
         }
-        self.0.push_back(span);
+        self.latest.push_back(span);
     }
 
-    fn slowest(&self) -> Option<Duration> {
-        self.0.iter().max().copied()
+    fn spread(&self) -> Option<Spread> {
+        let slowest = self.latest.iter().max().copied();
+        let (best, slowest) = self.best.zip(slowest)?;
+        Some(Spread { best, slowest })
     }
 }
 
@@ -380,9 +400,10 @@ mod tests {
         for (took, expected) in [(9, 9), (2, 9), (3, 9), (4, 4)] {
             meter.collecting(ms(100));
             meter.collected(ms(100 + took), 0);
-            assert_eq!(meter.scan(), Duration::from_millis(expected));
+            assert_eq!(meter.scan().slowest, Duration::from_millis(expected));
         }
-        assert_eq!(meter.latency(), ASSUMED_LATENCY);
+        assert_eq!(meter.scan().best, Duration::from_millis(2));
+        assert_eq!(meter.latency().best, ASSUMED_LATENCY);
         meter.begin_round(ms(200), Round(1), 1);
         meter.sent(LaneTotals {
             bytes: 125_000,
@@ -390,7 +411,7 @@ mod tests {
         });
         meter.end_round(ms(203));
         // 125,000 bytes take 1 ms at the rate that is assumed.
-        assert_eq!(meter.latency(), Duration::from_millis(2));
+        assert_eq!(meter.latency().slowest, Duration::from_millis(2));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 pub mod blackout;
 pub mod converge;
 pub mod encoding;
+pub(crate) mod heat;
 pub mod layout;
 pub mod message;
 pub mod meter;

@@ -44,6 +44,7 @@ use self::lanes::Lanes;
 use self::precopy::{Collecting, Copying, Holding, Preparing};
 use self::switchover::{Asking, Draining, Given, Giving, Offering, Stopping};
 use crate::core::converge::Converge;
+use crate::core::heat::Heat;
 use crate::core::message::{Action, Input, Moment, Phase, Reason, Record};
 use crate::core::meter::{Meter, Progress, Report};
 use crate::vmm::{Inventory, RunState};
@@ -96,6 +97,7 @@ struct Shared {
     hold_ordered: bool,
     flush: Flush,
     hardware: Hardware,
+    heat: Heat,
     link: Link,
     floor_told: bool,
 }
@@ -154,6 +156,7 @@ impl Source {
             hold_ordered: false,
             flush: Flush::None,
             hardware: Hardware::Offered,
+            heat: Heat::new(&inventory.layout),
             link: Link::Up,
             floor_told: false,
             config,

@@ -6,6 +6,7 @@ use super::lanes::Lanes;
 use super::round::{InFlight, Settled};
 use super::{Flush, Hardware, Shared, State};
 use crate::core::converge::Verdict;
+use crate::core::heat::Hot;
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{Action, Input, Moment, Notice, Phase, Reason, Record};
 use crate::core::meter::Progress;
@@ -191,11 +192,12 @@ impl Collecting {
         match input {
             Input::Collected { mut found } if self.awaits == Awaits::Pages => {
                 shared.meter.collected(shared.now, found.len());
+                let hot = shared.heat.collected(&mut found);
                 if let Some(before) = self.before {
                     found.union(&before);
                 }
                 shared.add_owed(&mut found);
-                shared.decide(found)
+                shared.decide(found, &hot)
             }
             input => shared.unexpected(State::Collecting(self), &input),
         }
@@ -221,7 +223,7 @@ impl Shared {
         })
     }
 
-    fn decide(&mut self, dirty: PageSet) -> State {
+    fn decide(&mut self, mut dirty: PageSet, hot: &Hot) -> State {
         if self.held.is_some() {
             return self.stop(dirty);
         }
@@ -243,6 +245,9 @@ impl Shared {
             }
             Verdict::GiveUp | Verdict::Continue => {
                 self.order_flush();
+                let most = self.view(0).may_wait();
+                self.heat.hold(hot, &mut dirty, most);
+                self.meter.held(self.heat.waiting());
                 self.copy_live(dirty)
             }
         }
@@ -283,7 +288,7 @@ impl Shared {
     pub(super) fn progress(&self, now: Moment, phase: Phase) -> Progress {
         let (done, all) = self.meter.open_pages();
         let bytes = |pages: u64| pages * PAGE_SIZE as u64;
-        let remaining = all.saturating_sub(done);
+        let remaining = all.saturating_sub(done) + self.heat.waiting();
         let view = self.view(remaining);
         let measured = !self.meter.rounds().is_empty();
         Progress {
