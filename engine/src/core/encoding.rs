@@ -8,12 +8,13 @@
 //!
 //! ```text
 //! raw       the link's rate
-//! packed    the lesser of  packers × speed  and  the link's rate × ratio
+//! packed    the lesser of  cores × speed  and  the link's rate × ratio
 //! ```
 //!
 //! Of ways to pack that are about as good, the one with fewer bytes is taken.
 //!
-//! Speed and ratio are assumed until they are measured on this guest's pages. A queue also grows when
+//! Speed and ratio are assumed until they are measured on this guest's pages, and so is the share of the
+//! cores that packing gets beside the guest. A queue also grows when
 //! the receiver cannot place pages fast enough, where packing gains nothing: therefore a change from
 //! raw has to prove itself, and is taken back when no more pages arrive than before, each time for
 //! longer.
@@ -80,6 +81,8 @@ pub(crate) struct Trial {
     pub(crate) before: u64,
     /// Bytes that came of it.
     pub(crate) after: u64,
+    /// What it took of a core.
+    pub(crate) cpu: Duration,
     /// Time that it took, waiting for a core included.
     pub(crate) took: Duration,
 }
@@ -126,7 +129,7 @@ impl EncodingTotals {
 }
 
 /// How long the link is looked at before its rate counts.
-const WINDOW: Duration = Duration::from_millis(5);
+const WINDOW: Duration = Duration::from_millis(10);
 
 /// Least bytes that make a window: less measures the queues.
 const WINDOW_BYTES: u64 = 1 << 20;
@@ -143,15 +146,30 @@ const BUSY_WINDOWS: u32 = 2;
 /// How much better another way must promise to be.
 const MARGIN: f64 = 1.1;
 
-/// What fewer bytes on the link are worth beside pages that arrive earlier: half as many count as a
-/// fifth faster.
-const THRIFT: f64 = 0.25;
+/// How much better another way to pack must be than the present one: two that are about as good would
+/// else take turns with every change of what is known of them.
+const SWITCH_MARGIN: f64 = 1.25;
+
+/// What fewer bytes on the link are worth beside pages that arrive earlier: half as many count as
+/// 1.4 times as fast.
+const THRIFT: f64 = 0.5;
 
 /// How much of an estimate a new measurement replaces.
 const WEIGHT: f64 = 0.3;
 
 /// By how much the link is thought faster with every window in which it was not busy.
-const OPTIMISM: f64 = 1.01;
+const OPTIMISM: f64 = 1.002;
+
+/// How many trials let what is known of a way stand by itself. Until then it follows the others: what
+/// this guest's pages do to one way to pack, they do to all.
+const ENOUGH_TRIALS: u32 = 8;
+
+/// Time in packing after which what was known of the cores counts for nothing.
+const SHARE_SPAN: Duration = Duration::from_millis(50);
+
+/// How much of the way to cores that are all free again is gone with every window of raw pages: nobody
+/// measures them then.
+const SHARE_RECOVERY: f64 = 0.01;
 
 /// How long packing has to prove itself. The first half does not count: raw pages are queued still.
 const PROOF: Duration = Duration::from_millis(100);
@@ -174,7 +192,8 @@ struct Candidate {
     speed: f64,
     /// By how much it makes bytes fewer.
     ratio: f64,
-    measured: bool,
+    /// How often it was measured.
+    trials: u32,
 }
 
 const fn usual(effort: Effort, speed: f64, ratio: f64) -> Candidate {
@@ -182,7 +201,7 @@ const fn usual(effort: Effort, speed: f64, ratio: f64) -> Candidate {
         effort,
         speed,
         ratio,
-        measured: false,
+        trials: 0,
     }
 }
 
@@ -228,6 +247,8 @@ pub(crate) struct Chooser {
     raw_allowed: bool,
     /// How many chunks are packed at a time.
     packers: f64,
+    /// How much of a core a packer gets, of 1: the guest, its VMM and others want them too.
+    share: f64,
     current: Option<Effort>,
     /// What the link carries, in bytes a second, once it was seen busy.
     link: Option<f64>,
@@ -271,6 +292,7 @@ impl Chooser {
             candidates,
             raw_allowed,
             packers: f64::from(u32::try_from(packers.max(1)).unwrap_or(u32::MAX)),
+            share: 1.0,
             link: None,
             limit: None,
             round: Round(0),
@@ -287,6 +309,11 @@ impl Chooser {
     /// True when nothing can ever be packed.
     pub(crate) fn is_idle(&self) -> bool {
         self.candidates.is_empty()
+    }
+
+    /// How chunks are packed now; none when they are sent as they are.
+    pub(crate) fn current(&self) -> Option<Effort> {
+        self.current
     }
 
     /// What to do with the next chunk.
@@ -308,26 +335,22 @@ impl Chooser {
 
     /// Notes how a packing went.
     pub(crate) fn tried(&mut self, trial: Trial) {
+        let (cpu, took) = (trial.cpu.as_secs_f64(), trial.took.as_secs_f64());
+        let weight = (took / SHARE_SPAN.as_secs_f64()).min(1.0);
+        self.share += ((cpu / took.max(1e-9)).min(1.0) - self.share) * weight;
         let found = |candidate: &&mut Candidate| candidate.effort == trial.effort;
         let Some(candidate) = self.candidates.iter_mut().find(found) else {
             return;
         };
-        let speed = trial.before as f64 / trial.took.as_secs_f64().max(1e-9);
-        let ratio = trial.before as f64 / trial.after.max(1) as f64;
-        if candidate.measured {
-            candidate.speed += (speed - candidate.speed) * WEIGHT;
-            candidate.ratio += (ratio - candidate.ratio) * WEIGHT;
-            return;
-        }
-        candidate.measured = true;
-        let (faster, smaller) = (speed / candidate.speed, ratio / candidate.ratio);
-        // What this guest's pages do to one way to pack, they do to the others, as far as is known.
-        for candidate in &mut self.candidates {
-            if candidate.effort == trial.effort {
-                (candidate.speed, candidate.ratio) = (speed, ratio);
-            } else if !candidate.measured {
-                candidate.speed *= faster;
-                candidate.ratio = (candidate.ratio * smaller).max(1.0);
+        candidate.trials += 1;
+        let (speed, ratio) = (candidate.speed, candidate.ratio);
+        candidate.speed += (trial.before as f64 / cpu.max(1e-9) - speed) * WEIGHT;
+        candidate.ratio += (trial.before as f64 / trial.after.max(1) as f64 - ratio) * WEIGHT;
+        let (faster, smaller) = (candidate.speed / speed, candidate.ratio / ratio);
+        for other in &mut self.candidates {
+            if other.effort != trial.effort && other.trials < ENOUGH_TRIALS {
+                other.speed *= faster;
+                other.ratio = (other.ratio * smaller).max(1.0);
             }
         }
     }
@@ -377,7 +400,7 @@ impl Chooser {
             // The first window of a connection that is still speeding up says too little.
             None if self.busy_windows >= BUSY_WINDOWS => Some(rate),
             Some(link) if busy => Some(link + (rate - link) * WEIGHT),
-            Some(link) => Some(rate.max(link * OPTIMISM)),
+            Some(link) => Some(link * OPTIMISM),
             None => None,
         };
         // Not what was handed to the lanes: queues of packed pages are deeper than of raw ones.
@@ -391,6 +414,9 @@ impl Chooser {
             return;
         }
         let before = self.current;
+        if before.is_none() {
+            self.share += (1.0 - self.share) * SHARE_RECOVERY;
+        }
         self.choose(now);
         if before.is_none() && self.current.is_some() {
             self.proof = Some(Proof {
@@ -429,9 +455,15 @@ impl Chooser {
         }
         let raw = if self.raw_allowed { link } else { 0.0 };
         let worth = |candidate: &Candidate| {
-            let promise = (self.packers * candidate.speed).min(link * candidate.ratio);
+            let cores = self.packers * self.share;
+            let promise = (cores * candidate.speed).min(link * candidate.ratio);
             // Of ways that are about as fast, the one that leaves the link to others.
-            (promise > raw * MARGIN).then(|| promise * candidate.ratio.powf(THRIFT))
+            let needed = if self.current == Some(candidate.effort) {
+                raw
+            } else {
+                raw * MARGIN
+            };
+            (promise > needed).then(|| promise * candidate.ratio.powf(THRIFT))
         };
         // Whatever is chosen now is given up only for something clearly better.
         let current = self.current;
@@ -442,7 +474,7 @@ impl Chooser {
         };
         for candidate in &self.candidates {
             let worth = worth(candidate).unwrap_or(0.0);
-            if worth > most * MARGIN {
+            if worth > most * SWITCH_MARGIN {
                 (best, most) = (Some(candidate.effort), worth);
             }
         }
@@ -460,9 +492,9 @@ impl Chooser {
         let measured = self
             .candidates
             .iter()
-            .filter(|candidate| candidate.measured);
+            .filter(|candidate| candidate.trials > 0);
         let ways = measured.map(|candidate| {
-            let cores = 4.0 / 3.0 / (candidate.speed * self.packers);
+            let cores = 4.0 / 3.0 / (candidate.speed * self.packers * self.share);
             (cores + 1.0 / (link * candidate.ratio), candidate.effort)
         });
         let best = ways.min_by(|(one, _), (other, _)| one.total_cmp(other));

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ferry_stream::message::{LaneId, Message, Round, Run, Verdict};
 
+use crate::core::layout::PAGE_SIZE;
 pub use crate::core::outcome::{Failure, GuestLeft, Notice, Outcome, Phase, Reason, Step};
 use crate::core::pageset::PageSet;
 use crate::vmm::{GuestEvent, Inventory, PauseFor, Rearm, RunState};
@@ -43,6 +44,12 @@ pub struct LaneTotals {
 }
 
 impl LaneTotals {
+    /// Bytes of the pages that were told with their bytes, before packing.
+    pub fn data_bytes(&self) -> u64 {
+        let zeros_told = self.zero_pages.saturating_sub(self.skipped_pages);
+        self.pages.saturating_sub(zeros_told) * PAGE_SIZE as u64
+    }
+
     /// Pages that were looked at, told or not.
     pub fn dealt(&self) -> u64 {
         self.pages + self.skipped_pages

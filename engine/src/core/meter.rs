@@ -106,7 +106,7 @@ pub struct Progress {
     pub remaining_bytes: u64,
     /// Bytes on the wire so far.
     pub bytes_wire: u64,
-    /// What the link carries, in bytes a second.
+    /// What the lanes bring over, in bytes of pages a second.
     pub rate_bytes_per_s: u64,
     /// What the guest writes, in bytes a second.
     pub dirty_bytes_per_s: u64,
@@ -184,10 +184,11 @@ impl Meter {
         let Some(open) = self.open.take() else { return };
         let took = now.since(open.began);
         let bytes = totals.bytes - open.before.bytes;
-        if bytes >= RATE_SAMPLE_BYTES {
-            self.rate = per_second(bytes, took);
+        let data_bytes = totals.data_bytes() - open.before.data_bytes();
+        if data_bytes >= RATE_SAMPLE_BYTES {
+            self.rate = per_second(data_bytes, took);
         } else {
-            let nanos = bytes.saturating_mul(1_000_000_000) / self.rate(now);
+            let nanos = data_bytes.saturating_mul(1_000_000_000) / self.rate(now);
             self.latencies
                 .push(took.saturating_sub(Duration::from_nanos(nanos)));
         }
@@ -254,11 +255,12 @@ impl Meter {
         &self.rounds
     }
 
-    /// What the link carries in bytes a second: measured over the last round that was long enough,
-    /// within a first round over what has been sent of it.
+    /// What the lanes bring over, in bytes of pages a second: measured over the last round that was
+    /// long enough, within a first round over what has been sent of it. Packed pages count in full,
+    /// since what is left to send is counted in pages too.
     pub(crate) fn rate(&self, now: Moment) -> u64 {
         let within = self.open.as_ref().and_then(|open| {
-            let bytes = self.totals.bytes - open.before.bytes;
+            let bytes = self.totals.data_bytes() - open.before.data_bytes();
             (bytes >= RATE_SAMPLE_BYTES).then(|| per_second(bytes, now.since(open.began)))?
         });
         within.or(self.rate).unwrap_or(ASSUMED_RATE).max(1)
@@ -389,7 +391,7 @@ mod tests {
         assert_eq!(report.setup, Duration::from_millis(10));
         assert_eq!(
             meter.rate(ms(1013)),
-            4 << 20,
+            900 * 4096,
             "a short round does not measure the link"
         );
     }
@@ -406,12 +408,12 @@ mod tests {
         assert_eq!(meter.latency().best, ASSUMED_LATENCY);
         meter.begin_round(ms(200), Round(1), 1);
         meter.sent(LaneTotals {
-            bytes: 125_000,
+            pages: 31,
             ..LaneTotals::default()
         });
         meter.end_round(ms(203));
-        // 125,000 bytes take 1 ms at the rate that is assumed.
-        assert_eq!(meter.latency().slowest, Duration::from_millis(2));
+        // 31 pages take 1,015,808 ns at the rate that is assumed.
+        assert_eq!(meter.latency().slowest, Duration::from_nanos(1_984_192));
     }
 
     #[test]

@@ -143,7 +143,12 @@ impl Encoder {
                 wire_bytes: frame.wire_bytes(),
                 queued,
             };
-            lock(&self.chooser).sending(self.clock.now(), sending);
+            let mut chooser = lock(&self.chooser);
+            let before = chooser.current();
+            chooser.sending(self.clock.now(), sending);
+            if chooser.current() != before {
+                tracing::debug!(?before, ?chooser, "packing changes");
+            }
         }
         packing
     }
@@ -163,26 +168,33 @@ impl Encoder {
     }
 
     fn try_pack(&self, packer: &mut Packer, effort: Effort, frame: &mut PageFrame) -> bool {
-        let (began, before) = (self.clock.now(), frame.data().len() as u64);
-        let packed = frame.pack(packer, effort);
-        lock(&self.chooser).tried(Trial {
-            effort,
-            before,
-            after: frame.data().len() as u64,
-            took: self.clock.now().since(began),
+        let before = frame.data().len();
+        let mut packed = false;
+        self.measure(effort, before, || {
+            packed = frame.pack(packer, effort);
+            frame.data().len()
         });
         packed
     }
 
     fn probe(&self, packer: &mut Packer, effort: Effort, data: &[u8]) {
-        let began = self.clock.now();
-        let after = packer.pack(effort, data).map_or(data.len(), <[u8]>::len);
-        lock(&self.chooser).tried(Trial {
-            effort,
-            before: data.len() as u64,
-            after: after as u64,
-            took: self.clock.now().since(began),
+        self.measure(effort, data.len(), || {
+            packer.pack(effort, data).map_or(data.len(), <[u8]>::len)
         });
+    }
+
+    /// Lets the chooser know how `pack` did with `before` bytes, of which it says how many are left.
+    fn measure(&self, effort: Effort, before: usize, pack: impl FnOnce() -> usize) {
+        let (began, cpu) = (self.clock.now(), cpu_time());
+        let after = pack();
+        let trial = Trial {
+            effort,
+            before: before as u64,
+            after: after as u64,
+            cpu: cpu_time().saturating_sub(cpu),
+            took: self.clock.now().since(began),
+        };
+        lock(&self.chooser).tried(trial);
     }
 
     /// What was packed so far.

