@@ -184,7 +184,7 @@ impl Meter {
         let Some(open) = self.open.take() else { return };
         let took = now.since(open.began);
         let bytes = totals.bytes - open.before.bytes;
-        let data_bytes = totals.data_bytes() - open.before.data_bytes();
+        let data_bytes = self.data_bytes_since(open.before);
         if data_bytes >= RATE_SAMPLE_BYTES {
             self.rate = per_second(data_bytes, took);
         } else {
@@ -255,12 +255,18 @@ impl Meter {
         &self.rounds
     }
 
+    /// Bytes of pages that the lanes have sent since. Lanes count zeros as they find them and pages as
+    /// they are sent, so within a round this may come out too small, never too large.
+    fn data_bytes_since(&self, before: LaneTotals) -> u64 {
+        self.totals.data_bytes().saturating_sub(before.data_bytes())
+    }
+
     /// What the lanes bring over, in bytes of pages a second: measured over the last round that was
     /// long enough, within a first round over what has been sent of it. Packed pages count in full,
     /// since what is left to send is counted in pages too.
     pub(crate) fn rate(&self, now: Moment) -> u64 {
         let within = self.open.as_ref().and_then(|open| {
-            let bytes = self.totals.data_bytes() - open.before.data_bytes();
+            let bytes = self.data_bytes_since(open.before);
             (bytes >= RATE_SAMPLE_BYTES).then(|| per_second(bytes, now.since(open.began)))?
         });
         within.or(self.rate).unwrap_or(ASSUMED_RATE).max(1)
