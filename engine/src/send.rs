@@ -143,6 +143,7 @@ impl Driver {
             pacer: parts.pacer,
             encoder: Arc::new(Encoder::new(parts.compression, clock)),
             counters: Arc::new(Counters::default()),
+            fresh: Arc::default(),
             facts: facts.clone(),
         };
         Ok(Self {
@@ -241,8 +242,9 @@ impl Driver {
                 round,
                 pages,
                 zeros,
+                rewritten,
             } => {
-                lock(&self.senders).copy(round, pages, zeros);
+                lock(&self.senders).copy(round, pages, zeros, rewritten);
             }
             Action::Flush => {
                 self.flusher

@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | [`Ram`] | every page worker, at once | read at the source, write at the target |
 //! | [`Tracker`] | one tracker thread | which pages were written |
+//! | [`Fresh`] | every page worker, at once | the same, looked at |
 //! | [`Guest`] | one VM thread | run state, pause, resume, end |
 //! | [`DeviceState`] | the same VM thread | everything that is not RAM |
 //!
@@ -156,8 +157,26 @@ pub trait Tracker: Send {
         found: &mut dyn FnMut(RegionIndex, PageRange),
     ) -> Result<(), VmmError>;
 
+    /// A look at the same, for the page workers. Called once, after `start`. It keeps nothing alive:
+    /// after `stop` a look may fail, or find nothing.
+    fn fresh(&self) -> Result<Arc<dyn Fresh>, VmmError>;
+
     /// Ends and leaves nothing behind. May be called at any time, also twice.
     fn stop(&mut self) -> Result<(), VmmError>;
+}
+
+/// What was written since it was last reported, looked at from any thread.
+///
+/// A page worker leaves such pages out: they will be reported, and sent, again.
+pub trait Fresh: Send + Sync {
+    /// Tells `found`, in order, runs of `range` that the next [`Tracker::collect`] will report. May
+    /// miss some. Changes nothing, and takes microseconds.
+    fn written(
+        &self,
+        region: RegionIndex,
+        range: PageRange,
+        found: &mut dyn FnMut(PageRange),
+    ) -> Result<(), VmmError>;
 }
 
 /// Whether a guest's vCPUs run.

@@ -154,6 +154,7 @@ fn every_flaw_is_noticed_for_what_it_is() {
             | Flaw::TargetNotBlank
             | Flaw::ZerosSkipped
             | Flaw::ForgottenChunk
+            | Flaw::LeftOutForGood
             | Flaw::FramesClaimed => matches!(violation, Violation::Pages { .. }),
             Flaw::EndBeforePages | Flaw::FencedInName => matches!(
                 violation,

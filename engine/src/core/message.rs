@@ -39,6 +39,8 @@ pub struct LaneTotals {
     pub zero_pages: u64,
     /// Pages looked at and not told, because the target has them as zeros.
     pub skipped_pages: u64,
+    /// Pages left out, because the guest had written them again before their turn came.
+    pub fresh_pages: u64,
     /// Bytes written to the lanes, headers included.
     pub bytes: u64,
 }
@@ -52,7 +54,7 @@ impl LaneTotals {
 
     /// Pages that were looked at, told or not.
     pub fn dealt(&self) -> u64 {
-        self.pages + self.skipped_pages
+        self.pages + self.skipped_pages + self.fresh_pages
     }
 }
 
@@ -97,6 +99,15 @@ pub enum ZeroPages {
     Skip,
     /// Yes: something else may have been sent before.
     Tell,
+}
+
+/// What becomes of pages that the guest has written again before their turn comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rewritten {
+    /// They may be left out: a collection follows, which reports them.
+    LeaveOut,
+    /// They are sent: nothing is collected for them any more, or the guest stands.
+    Send,
 }
 
 /// What the journal of a QEMU says. The journal outlives the engine; see
@@ -327,6 +338,8 @@ pub enum Action {
         pages: Arc<PageSet>,
         /// Whether zeros must be told.
         zeros: ZeroPages,
+        /// Whether pages may be left out.
+        rewritten: Rewritten,
     },
     /// Source: flush disk images. Answered by [`Input::Flushed`].
     Flush,

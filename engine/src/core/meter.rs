@@ -62,6 +62,8 @@ pub struct Report {
     /// Pages that were not sent in a round because the guest rewrites them all the time; each counts
     /// once for every round that it was kept out of.
     pub held_pages: u64,
+    /// Pages left out of a round because the guest had written them again before their turn came.
+    pub fresh_pages: u64,
     /// Every round.
     pub rounds: Vec<RoundReport>,
     /// How the bytes of pages were packed.
@@ -320,6 +322,7 @@ impl Meter {
             bytes_wire: self.bytes_wire(),
             zero_pages: self.totals.zero_pages,
             held_pages: self.held_pages,
+            fresh_pages: self.totals.fresh_pages,
             rounds: self.rounds.clone(),
             encoding: EncodingTotals::default(),
             lanes: 0,
@@ -377,6 +380,7 @@ mod tests {
             pages: 900,
             zero_pages: 100,
             skipped_pages: 100,
+            fresh_pages: 0,
             bytes: 4 << 20,
         };
         meter.sent(first);

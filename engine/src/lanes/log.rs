@@ -131,7 +131,7 @@ mod tests {
 
     use super::*;
     use crate::core::layout::{Layout, PageRange, Region, RegionIndex};
-    use crate::core::message::ZeroPages;
+    use crate::core::message::{Rewritten, ZeroPages};
     use crate::lanes::send::CHUNK_PAGES;
 
     const PAGES: u64 = 1000;
@@ -153,6 +153,7 @@ mod tests {
             Round(3),
             Arc::new(pages.clone()),
             ZeroPages::Tell,
+            Rewritten::Send,
         ));
         let mut log = Log::default();
         log.begin(&queue, 5);

@@ -2,6 +2,7 @@
 //! places.
 
 pub(crate) mod encode;
+mod fresh;
 mod log;
 pub(crate) mod receive;
 pub(crate) mod send;

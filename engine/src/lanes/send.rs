@@ -5,7 +5,7 @@
 //! what is left of the queue, and what it took and did not bring is found in its log.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::{io, thread};
 
 use ferry_stream::limits::MAX_RECORDS;
@@ -16,10 +16,10 @@ use super::encode::Encoder;
 use super::log::{Log, ReclaimError};
 use super::sender::Sender;
 use crate::core::layout::{PageRange, RegionIndex};
-use crate::core::message::{LaneTotals, Reclaimed, ZeroPages};
+use crate::core::message::{LaneTotals, Reclaimed, Rewritten, ZeroPages};
 use crate::core::pageset::{Cursor, PageSet};
 use crate::pacer::Pacer;
-use crate::vmm::Ram;
+use crate::vmm::{Fresh, Ram};
 use crate::worker::Facts;
 
 /// Pages that a lane takes from the queue at a time: large enough that system calls do not count,
@@ -36,6 +36,7 @@ pub(crate) struct Counters {
     pub(super) pages: AtomicU64,
     pub(super) zero_pages: AtomicU64,
     pub(super) skipped_pages: AtomicU64,
+    pub(super) fresh_pages: AtomicU64,
     pub(super) bytes: AtomicU64,
 }
 
@@ -45,6 +46,7 @@ impl Counters {
             pages: self.pages.load(Ordering::Acquire),
             zero_pages: self.zero_pages.load(Ordering::Acquire),
             skipped_pages: self.skipped_pages.load(Ordering::Acquire),
+            fresh_pages: self.fresh_pages.load(Ordering::Acquire),
             bytes: self.bytes.load(Ordering::Acquire),
         }
     }
@@ -57,6 +59,8 @@ pub(crate) struct Outfit {
     pub(crate) pacer: Arc<Pacer>,
     pub(crate) encoder: Arc<Encoder>,
     pub(crate) counters: Arc<Counters>,
+    /// Set when tracking has begun.
+    pub(crate) fresh: Arc<OnceLock<Arc<dyn Fresh>>>,
     pub(crate) facts: Facts,
 }
 
@@ -72,15 +76,22 @@ pub(super) struct Queue {
     pub(super) round: Round,
     pages: Arc<PageSet>,
     pub(super) zeros: ZeroPages,
+    pub(super) rewritten: Rewritten,
     cursor: Mutex<Cursor>,
 }
 
 impl Queue {
-    pub(super) fn new(round: Round, pages: Arc<PageSet>, zeros: ZeroPages) -> Self {
+    pub(super) fn new(
+        round: Round,
+        pages: Arc<PageSet>,
+        zeros: ZeroPages,
+        rewritten: Rewritten,
+    ) -> Self {
         Self {
             round,
             pages,
             zeros,
+            rewritten,
             cursor: Mutex::default(),
         }
     }
@@ -168,8 +179,14 @@ impl Senders {
     }
 
     /// Sends `pages` as `round`, over all lanes that have joined.
-    pub(crate) fn copy(&mut self, round: Round, pages: Arc<PageSet>, zeros: ZeroPages) {
-        let queue = Arc::new(Queue::new(round, pages, zeros));
+    pub(crate) fn copy(
+        &mut self,
+        round: Round,
+        pages: Arc<PageSet>,
+        zeros: ZeroPages,
+        rewritten: Rewritten,
+    ) {
+        let queue = Arc::new(Queue::new(round, pages, zeros, rewritten));
         for lane in self.lanes.iter().filter(|lane| lane.joined) {
             lane.send(&queue);
         }

@@ -11,10 +11,11 @@ use ferry_stream::message::{LaneId, Round};
 use ferry_stream::pages::{PageFrame, PageRun, Zeros};
 
 use super::encode::OnLane;
+use super::fresh::Looks;
 use super::log::Log;
 use super::send::{CHUNK_PAGES, CHUNK_RUNS, Outfit, Queue, Run};
 use super::{PanicWatch, is_death};
-use crate::core::message::{Failure, Input, Step, ZeroPages};
+use crate::core::message::{Failure, Input, Rewritten, Step, ZeroPages};
 use crate::core::outcome::in_full;
 use crate::vmm::VmmError;
 
@@ -44,6 +45,7 @@ pub(super) struct Sender {
     frame: PageFrame,
     outfit: Outfit,
     log: Log,
+    looks: Looks,
     /// Set when this side ends the lane: that it ends is no news then.
     cut: Arc<AtomicBool>,
 }
@@ -60,6 +62,7 @@ impl Sender {
             lane,
             writer: PageLaneWriter::new(id),
             frame: PageFrame::new(CHUNK_PAGES),
+            looks: Looks::new(Arc::clone(&outfit.fresh)),
             outfit,
             log: Log::default(),
             cut,
@@ -101,6 +104,11 @@ impl Sender {
         while let Some(at) = queue.take(runs) {
             // Before anything can fail: from here on the chunk is nobody else's.
             self.log.take(at);
+            if queue.rewritten == Rewritten::LeaveOut {
+                let left_out = self.looks.leave_out(runs)?;
+                let counter = &self.outfit.counters.fresh_pages;
+                counter.fetch_add(left_out, Ordering::AcqRel);
+            }
             self.fill(queue, runs)?;
             self.encode(queue.round);
             let pages = self.frame.pages();

@@ -22,7 +22,7 @@ use super::pagemap::Pagemap;
 use super::uffd::{Features, Mode, RangeIoctls, Uffd};
 use super::{Access, Error, Process, RamFile, RemoteFd, inject, maps};
 use crate::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
-use crate::vmm::{Rearm, Tracker, VmmError};
+use crate::vmm::{Fresh, Rearm, Tracker, VmmError};
 
 /// What the kernel calls a userfaultfd under `/proc/PID/fd`.
 const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
@@ -99,6 +99,14 @@ impl RamTracker {
     }
 }
 
+impl RamTracker {
+    fn watch(&self) -> Result<&Watch, VmmError> {
+        self.watch.as_ref().ok_or_else(|| VmmError::Unfit {
+            what: "dirty tracking has not been started".into(),
+        })
+    }
+}
+
 impl Tracker for RamTracker {
     fn start(&mut self) -> Result<(), VmmError> {
         if self.watch.is_none() {
@@ -112,11 +120,15 @@ impl Tracker for RamTracker {
         rearm: Rearm,
         found: &mut dyn FnMut(RegionIndex, PageRange),
     ) -> Result<(), VmmError> {
-        let watch = self.watch.as_ref().ok_or_else(|| VmmError::Unfit {
-            what: "dirty tracking has not been started".into(),
-        })?;
-        watch.scan(&self.ranges, rearm, found)?;
+        self.watch()?.scan(&self.ranges, rearm, found)?;
         Ok(())
+    }
+
+    fn fresh(&self) -> Result<Arc<dyn Fresh>, VmmError> {
+        Ok(Arc::new(Look {
+            pagemap: Arc::clone(&self.watch()?.pagemap),
+            ranges: self.ranges.clone(),
+        }))
     }
 
     fn stop(&mut self) -> Result<(), VmmError> {
@@ -139,12 +151,42 @@ impl Drop for RamTracker {
 struct Watch {
     process: Arc<Process>,
     uffd: Uffd,
-    pagemap: Pagemap,
+    pagemap: Arc<Pagemap>,
+}
+
+/// The page map alone: the userfaultfd, whose life is that of the tracking, is not in it.
+struct Look {
+    pagemap: Arc<Pagemap>,
+    ranges: Vec<TrackedRange>,
+}
+
+impl Fresh for Look {
+    fn written(
+        &self,
+        region: RegionIndex,
+        range: PageRange,
+        found: &mut dyn FnMut(PageRange),
+    ) -> Result<(), VmmError> {
+        let bytes = |pages: u64| pages * PAGE_SIZE as u64;
+        for tracked in self
+            .ranges
+            .iter()
+            .filter(|tracked| tracked.region == region)
+        {
+            let Range { start, end } = tracked.addresses;
+            let from = start + bytes(range.first.0);
+            let addresses = from..(from + bytes(range.count)).min(end);
+            self.pagemap.scan(&addresses, Rearm::No, &mut |written| {
+                found(tracked.pages(&written));
+            })?;
+        }
+        Ok(())
+    }
 }
 
 impl Watch {
     fn new(process: Arc<Process>) -> Result<Self, Error> {
-        let pagemap = Pagemap::open(&process)?;
+        let pagemap = Arc::new(Pagemap::open(&process)?);
         let mut remote = RemoteUffd::new(Arc::clone(&process))?;
         let uffd = Uffd::from_fd(process.take_fd(remote.fd)?);
         // Its calls act on the memory that it was made in, whoever makes them: ours is enough.

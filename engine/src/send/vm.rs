@@ -1,5 +1,7 @@
 //! What the VM's threads are ordered: each order is one call of the embedder's, and one fact.
 
+use std::sync::Arc;
+
 use crate::core::layout::Layout;
 use crate::core::message::{Failure, Input, Step};
 use crate::core::pageset::PageSet;
@@ -40,8 +42,11 @@ impl Driver {
     }
 
     pub(super) fn start_tracking(&self, into: PageSet) {
+        let fresh = Arc::clone(&self.outfit.fresh);
         self.tracker.order(Step::StartTracking, move |side| {
             side.tracker.start()?;
+            // Tracking begins once: nobody has set it before.
+            drop(fresh.set(side.tracker.fresh()?));
             populated(&*side.ram, into)
         });
     }

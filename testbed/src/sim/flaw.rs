@@ -35,13 +35,15 @@ pub enum Flaw {
     FencedInName,
     /// What a dead lane took first and did not bring is forgotten.
     ForgottenChunk,
+    /// A page that is left out because it was written again is not collected again.
+    LeftOutForGood,
     /// The target claims a frame of a dead lane that it did not place.
     FramesClaimed,
 }
 
 impl Flaw {
     /// Every flaw.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::ForgottenPage,
         Self::UnseenWrite,
         Self::EarlyLastCollection,
@@ -58,6 +60,7 @@ impl Flaw {
         Self::LeftBehind,
         Self::FencedInName,
         Self::ForgottenChunk,
+        Self::LeftOutForGood,
         Self::FramesClaimed,
     ];
 }

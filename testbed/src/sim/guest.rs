@@ -1,7 +1,7 @@
 //! Two VMs, without a CPU: a page is a number that says which write it was, and executing is
 //! counting. A page that holds the wrong number is a page that was lost.
 
-use ferry_engine::core::layout::{Layout, PAGE_SIZE, PageRange, Region, RegionIndex};
+use ferry_engine::core::layout::{Layout, PAGE_SIZE, PageNumber, PageRange, Region, RegionIndex};
 use ferry_engine::core::pageset::PageSet;
 use ferry_engine::vmm::Rearm;
 
@@ -255,6 +255,18 @@ impl Tracker {
         if self.watching {
             add(&mut self.written, region, page);
         }
+    }
+
+    /// Whether the next collection will report the page.
+    pub(super) fn is_written(&self, region: RegionIndex, page: u64) -> bool {
+        self.watching && self.written.contains(region, PageNumber(page))
+    }
+
+    /// Forgets that a page was written.
+    pub(super) fn forget(&mut self, region: RegionIndex, page: u64) {
+        self.written
+            .remove(region, PageRange::new(page, 1))
+            .expect("the page is in the world's RAM");
     }
 
     /// A collection begins: some regions are scanned at once, the others when it ends. A write in

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
-use ferry_engine::core::message::{Input, ZeroPages};
+use ferry_engine::core::message::{Input, Rewritten, ZeroPages};
 use ferry_engine::core::pageset::PageSet;
 use ferry_stream::message::Round;
 
@@ -13,7 +13,7 @@ use super::checks::Violation;
 use super::event::Event;
 use super::flaw::Flaw;
 use super::guest::Content;
-use super::link::{Chunk, Frame, LaneJob, Logged, Queue};
+use super::link::{Chunk, Frame, LaneJob, Logged, Queue, Reading};
 use super::plan::Side;
 use super::worker::Thread;
 use super::world::World;
@@ -26,7 +26,13 @@ pub(super) const LATE: Duration = Duration::from_millis(3);
 
 impl World {
     /// Offers the pages of a round to the lanes that take part.
-    pub(super) fn copy(&mut self, round: Round, pages: &PageSet, zeros: ZeroPages) {
+    pub(super) fn copy(
+        &mut self,
+        round: Round,
+        pages: &PageSet,
+        zeros: ZeroPages,
+        rewritten: Rewritten,
+    ) {
         let zeros = match self.flaw {
             Some(Flaw::ZerosSkipped) => ZeroPages::Skip,
             _ => zeros,
@@ -44,6 +50,7 @@ impl World {
         self.queue = Some(Queue {
             round,
             zeros,
+            rewritten,
             chunks,
         });
         for lane in 0..self.lanes.len() {
@@ -70,14 +77,30 @@ impl World {
         let job = match queue.chunks.pop_front() {
             Some(chunk) => {
                 sender.log.push(Logged { chunk, told: 0 });
-                let zeros = queue.zeros;
-                LaneJob::Copy(chunk, zeros, self.contents(chunk))
+                let (zeros, rewritten) = (queue.zeros, queue.rewritten);
+                LaneJob::Copy(chunk, zeros, self.readings(chunk, rewritten))
             }
             None => LaneJob::End(queue.round),
         };
         self.lanes[lane].sender.job = Some(job);
         let takes = self.rng.micros(1..=self.plan.work_us.start() * 4);
         self.after(takes, Event::LaneSent(lane));
+    }
+
+    /// A worker looks which pages were written again, and begins to read the others.
+    fn readings(&mut self, chunk: Chunk, rewritten: Rewritten) -> Vec<Reading> {
+        // It does not look at every chunk.
+        let looks = rewritten == Rewritten::LeaveOut && self.rng.once_in(2);
+        let pages = chunk.range.first.0..chunk.range.end().0;
+        let mut readings = Vec::new();
+        for (page, before) in pages.zip(self.contents(chunk)) {
+            let left_out = looks && self.tracker.is_written(chunk.region, page);
+            if left_out && self.flaw == Some(Flaw::LeftOutForGood) {
+                self.tracker.forget(chunk.region, page);
+            }
+            readings.push(Reading { before, left_out });
+        }
+        readings
     }
 
     fn contents(&self, Chunk { region, range }: Chunk) -> Vec<Content> {
@@ -92,8 +115,8 @@ impl World {
             return;
         }
         match self.lanes[lane].sender.job.take() {
-            Some(LaneJob::Copy(chunk, zeros, before)) => {
-                self.send_pages(lane, chunk, zeros, &before);
+            Some(LaneJob::Copy(chunk, zeros, reads)) => {
+                self.send_pages(lane, chunk, zeros, &reads);
             }
             Some(LaneJob::End(round)) => self.send_end(lane, round),
             None => return,
@@ -101,12 +124,16 @@ impl World {
         self.work(lane);
     }
 
-    /// Sends what a copy holds that was begun with `before` and ends now.
-    fn send_pages(&mut self, lane: usize, chunk: Chunk, zeros: ZeroPages, before: &[Content]) {
+    /// Sends what a copy holds that was begun with `reads` and ends now.
+    fn send_pages(&mut self, lane: usize, chunk: Chunk, zeros: ZeroPages, reads: &[Reading]) {
         let after = self.contents(chunk);
         let mut told = Vec::new();
-        for (page, (before, after)) in (chunk.range.first.0..).zip(before.iter().zip(after)) {
-            let content = if *before == after {
+        for (page, (read, after)) in (chunk.range.first.0..).zip(reads.iter().zip(after)) {
+            if read.left_out {
+                self.totals.fresh_pages += 1;
+                continue;
+            }
+            let content = if read.before == after {
                 after
             } else {
                 after.torn()

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use ferry_engine::core::layout::{PageRange, RegionIndex};
-use ferry_engine::core::message::ZeroPages;
+use ferry_engine::core::message::{Rewritten, ZeroPages};
 use ferry_stream::message::{LaneId, Round};
 
 use super::guest::Content;
@@ -97,6 +97,8 @@ pub(super) struct Queue {
     pub(super) round: Round,
     /// Whether zeros are told.
     pub(super) zeros: ZeroPages,
+    /// Whether pages may be left out.
+    pub(super) rewritten: Rewritten,
     /// What nobody has taken yet.
     pub(super) chunks: VecDeque<Chunk>,
 }
@@ -105,9 +107,18 @@ pub(super) struct Queue {
 #[derive(Debug)]
 pub(super) enum LaneJob {
     /// Reading these pages, which held this when it began.
-    Copy(Chunk, ZeroPages, Vec<Content>),
+    Copy(Chunk, ZeroPages, Vec<Reading>),
     /// Ending the round.
     End(Round),
+}
+
+/// A page that a worker reads.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reading {
+    /// What it held before.
+    pub(super) before: Content,
+    /// Whether it is left out.
+    pub(super) left_out: bool,
 }
 
 /// A frame in the log of the source's worker.

@@ -29,6 +29,7 @@ pub(super) fn order(action: &Action) -> String {
             round,
             pages,
             zeros,
+            ..
         } => format!("Copy {} pages in {round}, zeros: {zeros:?}", pages.len()),
         other => short(format!("{other:?}")),
     }

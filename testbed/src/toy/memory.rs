@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ferry_engine::core::layout::{Layout, PAGE_SIZE, PageRange, Region, RegionIndex};
-use ferry_engine::vmm::{Ram, Rearm, Tracker, VmmError};
+use ferry_engine::vmm::{Fresh, Ram, Rearm, Tracker, VmmError};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek64};
 
@@ -188,6 +188,12 @@ impl DirtyLog {
         }
     }
 
+    #[allow(clippy::cast_possible_truncation)] // a toy's RAM fits in this host's
+    fn is_marked(&self, region: u16, page: u64) -> bool {
+        let word = &self.words[usize::from(region)][(page / u64::from(u64::BITS)) as usize];
+        word.load(Ordering::SeqCst) >> (page % u64::from(u64::BITS)) & 1 == 1
+    }
+
     fn clear(&self) {
         for word in self.words.iter().flatten() {
             word.store(0, Ordering::SeqCst);
@@ -230,9 +236,31 @@ impl Tracker for LogTracker {
         Ok(())
     }
 
+    fn fresh(&self) -> Result<Arc<dyn Fresh>, VmmError> {
+        Ok(Arc::new(LogLook(Arc::clone(&self.memory))))
+    }
+
     fn stop(&mut self) -> Result<(), VmmError> {
         self.faults.hit(Call::TrackerStop)?;
         self.memory.log.on.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// The log, looked at.
+struct LogLook(Arc<Memory>);
+
+impl Fresh for LogLook {
+    fn written(
+        &self,
+        region: RegionIndex,
+        range: PageRange,
+        found: &mut dyn FnMut(PageRange),
+    ) -> Result<(), VmmError> {
+        let pages = range.first.0..range.end().0;
+        pages
+            .filter(|&page| self.0.log.is_marked(region.0, page))
+            .for_each(|page| found(PageRange::new(page, 1)));
         Ok(())
     }
 }

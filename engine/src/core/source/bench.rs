@@ -118,6 +118,7 @@ pub(super) fn word(action: &Action) -> String {
             round,
             pages,
             zeros,
+            ..
         } => format!("copy {} in {round}, {zeros:?}", pages.len()),
         Action::Collect { rearm, .. } => format!("collect, rearm {rearm:?}"),
         Action::StartTracking { .. } => "track".to_owned(),

@@ -8,7 +8,7 @@ use super::{Flush, Hardware, Shared, State};
 use crate::core::converge::Verdict;
 use crate::core::heat::Hot;
 use crate::core::layout::PAGE_SIZE;
-use crate::core::message::{Action, Input, Moment, Notice, Phase, Reason, Record};
+use crate::core::message::{Action, Input, Moment, Notice, Phase, Reason, Record, Rewritten};
 use crate::core::meter::Progress;
 use crate::core::pageset::PageSet;
 use crate::vmm::{PauseFor, Rearm};
@@ -116,8 +116,13 @@ impl Shared {
 
     fn copy_live(&mut self, pages: PageSet) -> State {
         self.bound(self.config.limits.draining);
+        // A guest that stands writes nothing: not worth a look.
+        let rewritten = match self.held {
+            None => Rewritten::LeaveOut,
+            Some(_) => Rewritten::Send,
+        };
         State::Copying(Copying {
-            in_flight: self.copy(pages),
+            in_flight: self.copy(pages, rewritten),
         })
     }
 

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use ferry_stream::message::{Message, Round};
 
 use super::Shared;
-use crate::core::message::{Action, Input, Reason, ZeroPages};
+use crate::core::message::{Action, Input, Reason, Rewritten, ZeroPages};
 use crate::core::pageset::PageSet;
 
 impl Shared {
-    /// Orders the next round over `pages`.
-    pub(super) fn copy(&mut self, pages: PageSet) -> InFlight {
+    /// Orders the next round over `pages`. Where some may be left out, a collection must follow.
+    pub(super) fn copy(&mut self, pages: PageSet, rewritten: Rewritten) -> InFlight {
         self.round = Round(self.round.0 + 1);
         self.meter.begin_round(self.now, self.round, pages.len());
         self.lanes.begin(self.round);
@@ -23,6 +23,7 @@ impl Shared {
             round: self.round,
             pages: Arc::new(pages),
             zeros,
+            rewritten,
         });
         InFlight {
             round: self.round,
