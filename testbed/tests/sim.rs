@@ -137,7 +137,7 @@ fn covers_everything(
 
 /// The first violation that a flaw leads to, and how many seeds it took.
 fn first_violation(flaw: Flaw) -> Option<(u64, Violation)> {
-    (0..3000).find_map(|seed| Some((seed, sim::run(seed, Some(flaw)).err()?)))
+    (0..20_000).find_map(|seed| Some((seed, sim::run(seed, Some(flaw)).err()?)))
 }
 
 #[test]
