@@ -84,22 +84,26 @@ impl Pacer {
         self.changed.notify_all();
     }
 
-    /// Pays for `bytes` bytes and waits until they may be sent, or the sender is `cut`.
-    pub(crate) fn pay(&self, bytes: u64, cut: &AtomicBool) {
+    /// Pays for `bytes` bytes and waits until they may be sent, or the sender is `cut`. Returns how
+    /// long that was.
+    pub(crate) fn pay(&self, bytes: u64, cut: &AtomicBool) -> Duration {
         let mut bucket = self.lock();
         let now = Instant::now();
         let due = bucket.paid_until.max(now.checked_sub(BURST).unwrap_or(now));
         bucket.paid_until = due + bucket.rate.time_for(bytes);
         let changes = bucket.changes;
+        let mut began = None;
         while let Some(wait) = bucket.wait(due, changes)
             && !cut.load(Ordering::Acquire)
         {
+            began.get_or_insert(now);
             let (guard, _) = self
                 .changed
                 .wait_timeout(bucket, wait)
                 .unwrap_or_else(PoisonError::into_inner);
             bucket = guard;
         }
+        began.map_or(Duration::ZERO, |began| began.elapsed())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Bucket> {
@@ -153,7 +157,11 @@ mod tests {
         let began = Instant::now();
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| (0..8).for_each(|_| pacer.pay(64 << 10, &UNCUT)));
+                scope.spawn(|| {
+                    (0..8).for_each(|_| {
+                        pacer.pay(64 << 10, &UNCUT);
+                    });
+                });
             }
         });
         // 2 MiB at 10 MiB/s are 200 ms, less the burst and the last chunk, which nobody waits for.

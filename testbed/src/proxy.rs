@@ -61,6 +61,13 @@ pub enum Deed {
         /// Whether new connections are taken after that.
         then: Reach,
     },
+    /// So many of its bytes go on; then its connection ends, and no other.
+    Kill {
+        /// How many.
+        after_bytes: usize,
+    },
+    /// It is lost, and nobody is told.
+    Swallow,
 }
 
 /// Whether the target can be reached.
@@ -274,6 +281,13 @@ impl Pump {
                     self.shared.cut(then);
                     return Ok(());
                 }
+                Deed::Kill { after_bytes } => {
+                    to.write_all(&frame[..after_bytes.min(frame.len())])?;
+                    // Fails where a peer was first.
+                    _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+                    return Ok(());
+                }
+                Deed::Swallow => continue,
             }
             to.write_all(&frame)?;
             self.shared.state().passed.push(name);

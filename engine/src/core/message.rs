@@ -43,6 +43,8 @@ pub struct LaneTotals {
     pub fresh_pages: u64,
     /// Bytes written to the lanes, headers included.
     pub bytes: u64,
+    /// Time that lanes waited for the bandwidth that was asked for.
+    pub waited: Duration,
 }
 
 impl LaneTotals {

@@ -181,6 +181,11 @@ impl Meter {
         }
     }
 
+    /// What the lanes have done, as far as is known.
+    pub(crate) fn totals(&self) -> LaneTotals {
+        self.totals
+    }
+
     pub(crate) fn end_round(&mut self, now: Moment) {
         let totals = self.totals;
         let Some(open) = self.open.take() else { return };
@@ -382,6 +387,7 @@ mod tests {
             skipped_pages: 100,
             fresh_pages: 0,
             bytes: 4 << 20,
+            ..LaneTotals::default()
         };
         meter.sent(first);
         meter.end_round(ms(1010));

@@ -3,6 +3,7 @@
 pub mod blackout;
 pub mod converge;
 pub mod encoding;
+pub mod growth;
 pub(crate) mod heat;
 pub mod layout;
 pub mod message;

@@ -6,6 +6,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::time::Duration;
 use std::{io, thread};
 
 use ferry_stream::limits::MAX_RECORDS;
@@ -38,6 +39,7 @@ pub(crate) struct Counters {
     pub(super) skipped_pages: AtomicU64,
     pub(super) fresh_pages: AtomicU64,
     pub(super) bytes: AtomicU64,
+    pub(super) waited_ns: AtomicU64,
 }
 
 impl Counters {
@@ -48,6 +50,7 @@ impl Counters {
             skipped_pages: self.skipped_pages.load(Ordering::Acquire),
             fresh_pages: self.fresh_pages.load(Ordering::Acquire),
             bytes: self.bytes.load(Ordering::Acquire),
+            waited: Duration::from_nanos(self.waited_ns.load(Ordering::Acquire)),
         }
     }
 }

@@ -113,7 +113,7 @@ impl Sender {
             self.encode(queue.round);
             let pages = self.frame.pages();
             self.log.tell(pages);
-            self.outfit.pacer.pay(self.frame.wire_bytes(), &self.cut);
+            self.pay();
             self.go_on()?;
             let bytes = self.writer.send(&mut *self.lane, &mut self.frame)?;
             let counters = &self.outfit.counters;
@@ -141,6 +141,15 @@ impl Sender {
             bandwidth: self.outfit.pacer.limit(),
         };
         self.outfit.encoder.encode(&mut self.frame, lane);
+    }
+
+    fn pay(&self) {
+        let waited = self.outfit.pacer.pay(self.frame.wire_bytes(), &self.cut);
+        if !waited.is_zero() {
+            let nanos = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
+            let counters = &self.outfit.counters;
+            counters.waited_ns.fetch_add(nanos, Ordering::AcqRel);
+        }
     }
 
     /// A lane that was cut takes no further chunk.

@@ -1,5 +1,7 @@
 //! Lanes that are opened, die, hang, are fenced and reclaimed.
 
+use std::ops::RangeInclusive;
+
 use ferry_engine::core::message::{Failure, Input, LaneSeen, Reclaimed, Step};
 use ferry_engine::core::pageset::PageSet;
 use ferry_stream::message::LaneId;
@@ -7,7 +9,6 @@ use ferry_stream::message::LaneId;
 use super::event::Event;
 use super::flaw::Flaw;
 use super::guest::add;
-use super::lanes::LATE;
 use super::link::{Frame, Lane};
 use super::plan::Side;
 use super::worker::Thread;
@@ -15,6 +16,9 @@ use super::world::World;
 
 /// One frame in so many is half in place when its lane ends in the middle of it.
 const HALF_PLACED: u64 = 2;
+
+/// How late frames are with [`Flaw::FencedInName`], in microseconds.
+const LATE_US: RangeInclusive<u64> = 50..=20_000;
 
 impl World {
     /// The source opens a connection and says hello on it.
@@ -111,7 +115,8 @@ impl World {
         if self.flaw == Some(Flaw::FencedInName) {
             self.tell_ended(at);
             for frame in std::mem::take(&mut self.lanes[at].receiver.arrived) {
-                self.after(LATE, Event::LanePlaces(at, Some(frame)));
+                let late = self.rng.micros(LATE_US);
+                self.after(late, Event::LanePlaces(at, Some(frame)));
             }
             return;
         }

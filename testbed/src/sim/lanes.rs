@@ -21,8 +21,14 @@ use super::world::World;
 /// Most pages that a worker reads at once.
 const CHUNK_PAGES: u64 = 5;
 
-/// How late pages are with the flaws that have them come late.
-pub(super) const LATE: Duration = Duration::from_millis(3);
+/// The target's worker is held up in the middle of one frame in so many.
+const BLOCKED: u64 = 100;
+
+/// And then takes so many times as long.
+const BLOCKED_TIMES: u32 = 50;
+
+/// How late pages are with [`Flaw::EndBeforePages`].
+const LATE: Duration = Duration::from_millis(3);
 
 impl World {
     /// Offers the pages of a round to the lanes that take part.
@@ -198,7 +204,10 @@ impl World {
         if !taken {
             return;
         }
-        let takes = self.rng.micros(1..=self.plan.work_us.start() * 4);
+        let mut takes = self.rng.micros(1..=self.plan.work_us.start() * 4);
+        if self.rng.once_in(BLOCKED) {
+            takes *= BLOCKED_TIMES;
+        }
         let late = self.flaw == Some(Flaw::EndBeforePages) && matches!(frame, Frame::Pages { .. });
         let receiver = &mut self.lanes[lane].receiver;
         receiver.seen += 1;

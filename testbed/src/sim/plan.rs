@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use ferry_engine::core::converge::{Converge, DowntimeLimit, Verdict, View};
+use ferry_engine::core::growth::Room;
 use ferry_engine::core::message::{Command, Phase};
 use ferry_engine::core::source::{LanePlan, SourceConfig, SourceLimits};
 use ferry_engine::core::target::{TargetConfig, TargetLimits};
@@ -249,6 +250,7 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
             asking: ms(60),
             ask_again: ms(1),
             redial: rng.micros(1..=2000),
+            growing: rng.micros(10..=1000),
             last_word: rng.micros(1..=500),
         },
     }
@@ -264,7 +266,10 @@ fn lanes(rng: &mut Rng) -> LanePlan {
     }
     LanePlan::Grow {
         first: few(2, rng),
-        most: few(4, rng),
+        room: Room {
+            most: few(4, rng),
+            cores: few(4, rng),
+        },
     }
 }
 

@@ -93,6 +93,8 @@ struct Shared {
     target: SocketAddr,
     rules: Mutex<Vec<Rule>>,
     recorded: Mutex<Vec<Recorded>>,
+    /// By connection: told when it shall end.
+    ends: Mutex<Vec<watch::Sender<bool>>>,
     /// How many times everything was cut.
     cuts: watch::Sender<u32>,
     closed: watch::Sender<bool>,
@@ -120,6 +122,7 @@ impl Proxy {
             target,
             rules: Mutex::new(rules),
             recorded: Mutex::default(),
+            ends: Mutex::default(),
             cuts: watch::channel(0).0,
             closed: watch::channel(false).0,
         });
@@ -144,6 +147,13 @@ impl Proxy {
     /// Adds a rule while the migration runs.
     pub fn add(&self, rule: Rule) {
         lock(&self.shared.rules).push(rule);
+    }
+
+    /// Ends one connection now, if it stands.
+    pub fn kill(&self, connection: usize) {
+        if let Some(end) = lock(&self.shared.ends).get(connection) {
+            end.send_replace(true);
+        }
     }
 
     /// Cuts every connection now.
@@ -217,16 +227,24 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
             recorded.push(Recorded::default());
             recorded.len() - 1
         };
-        tokio::spawn(carry(source, target, connection, Arc::clone(&shared)));
+        let (end, ended) = watch::channel(false);
+        lock(&shared.ends).push(end.clone());
+        let ends = (end, ended);
+        tokio::spawn(carry(source, target, connection, ends, Arc::clone(&shared)));
     }
 }
 
 /// Carries a connection until an end closes it, a rule ends it, or everything is cut.
-async fn carry(source: TcpStream, target: TcpStream, connection: usize, shared: Arc<Shared>) {
+async fn carry(
+    source: TcpStream,
+    target: TcpStream,
+    connection: usize,
+    (end, mut ended): (watch::Sender<bool>, watch::Receiver<bool>),
+    shared: Arc<Shared>,
+) {
     // A connection that cannot be set up so is slower, and no different otherwise.
     _ = (source.set_nodelay(true), target.set_nodelay(true));
     let mut cuts = shared.cuts.subscribe();
-    let (end, mut ended) = watch::channel(false);
     let (from_source, to_source) = source.into_split();
     let (from_target, to_target) = target.into_split();
     let pump = |way| Pump {

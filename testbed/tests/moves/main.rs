@@ -9,6 +9,7 @@ mod compression;
 mod devices;
 mod giving_up;
 mod happenings;
+mod lanes;
 mod layouts;
 mod modes;
 mod refusals;

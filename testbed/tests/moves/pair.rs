@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ferry_testbed::proxy::{Deed, FrameName, Proxy};
 use ferry_testbed::{
     Ended, Ferry, Field, Linux, Machine, PAGE_SIZE, Probe, Qemu, QemuVersion, StatusPage,
     wait_until,
@@ -148,6 +149,23 @@ impl Pair {
     /// Begins a move with these arguments.
     pub(crate) fn begin(&self, args: &[&str]) -> Move<'_> {
         let (receive, uri) = Ferry::receive(&self.target, &["--json"]).unwrap();
+        self.begin_at(args, &uri, receive)
+    }
+
+    /// The same, with `rule` deciding about every frame on the way.
+    pub(crate) fn begin_through(
+        &self,
+        args: &[&str],
+        rule: impl FnMut(FrameName, &mut Vec<u8>) -> Deed + Send + 'static,
+    ) -> Move<'_> {
+        let (receive, uri) = Ferry::receive(&self.target, &["--json"]).unwrap();
+        let proxy = Proxy::start(&uri, rule).unwrap();
+        let mut begun = self.begin_at(args, &proxy.uri(), receive);
+        begun.proxy = Some(proxy);
+        begun
+    }
+
+    fn begin_at(&self, args: &[&str], uri: &str, receive: Ferry) -> Move<'_> {
         let probe = self.page.as_ref().map(|page| {
             let there = self.target.counterpart(page);
             Probe::start(page.clone(), Some(there))
@@ -158,8 +176,9 @@ impl Pair {
         all.extend(args);
         Move {
             pair: self,
-            migrate: Ferry::migrate(&self.source, &uri, &all).unwrap(),
+            migrate: Ferry::migrate(&self.source, uri, &all).unwrap(),
             receive,
+            proxy: None,
             probe,
             state: if is_paused { "paused" } else { "running" },
             keeps_source: args.contains(&"--keep-source"),
@@ -223,6 +242,8 @@ pub(crate) struct Move<'a> {
     pair: &'a Pair,
     pub(crate) migrate: Ferry,
     pub(crate) receive: Ferry,
+    /// Stands between the two as long as the move lasts.
+    proxy: Option<Proxy>,
     probe: Option<Probe>,
     state: &'static str,
     keeps_source: bool,
@@ -278,11 +299,13 @@ impl Move<'_> {
             pair,
             migrate,
             receive,
+            proxy,
             probe,
             state,
             keeps_source,
         } = self;
         let (there, here) = (migrate.wait(BOUND).unwrap(), receive.wait(BOUND).unwrap());
+        drop(proxy);
         assert_eq!((there.code(), here.code()), (0, 0), "{there:?} {here:?}");
         assert_eq!(here.json()["outcome"], "moved");
         let json = there.json();

@@ -1,13 +1,15 @@
 //! The arguments.
 
 use std::fmt;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::thread;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, value_parser};
 use ferry_engine::Compression;
+use ferry_engine::core::source::{LanePlan, MAX_LANES};
 
 /// The longest `--max-downtime`: a day. Whoever wants more moves without `--live`.
 const MAX_DOWNTIME_MS: u64 = 24 * 60 * 60 * 1000;
@@ -69,6 +71,14 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "MS", default_value_t = 100, value_parser = value_parser!(u64).range(..=MAX_DOWNTIME_MS))]
     pub(crate) max_downtime: u64,
 
+    /// Several connections for pages: as many as cores and link are good for. This is the default
+    #[arg(long)]
+    pub(crate) parallel: bool,
+
+    /// So many connections for pages, no more and no fewer
+    #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(1..=i64::from(MAX_LANES)))]
+    pub(crate) parallel_connections: Option<u16>,
+
     /// At most so many MiB a second on the link; without it, as fast as it goes
     #[arg(long, value_name = "MIB_PER_S")]
     pub(crate) bandwidth: Option<NonZeroU64>,
@@ -114,6 +124,18 @@ impl From<Packing> for Compression {
 }
 
 impl Migrate {
+    pub(crate) fn lanes(&self) -> LanePlan {
+        let asked = self.parallel_connections.and_then(NonZeroU16::new);
+        asked.map_or_else(
+            || {
+                let cores = thread::available_parallelism().map_or(1, usize::from);
+                let cores = u16::try_from(cores).ok().and_then(NonZeroU16::new);
+                LanePlan::for_cores(cores.unwrap_or(NonZeroU16::MAX))
+            },
+            LanePlan::Fixed,
+        )
+    }
+
     pub(crate) fn downtime_limit(&self) -> Duration {
         Duration::from_millis(self.max_downtime)
     }

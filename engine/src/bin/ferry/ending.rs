@@ -122,6 +122,9 @@ struct Figures {
     pages_rewritten: u64,
     throughput_bytes_per_s: u64,
     dirty_bytes_per_s: u64,
+    /// The most that stood at one time.
+    lanes: u16,
+    lanes_lost: u32,
     rounds: Vec<JsonRound>,
     compression: JsonCompression,
 }
@@ -214,6 +217,8 @@ impl From<&Report> for Figures {
             pages_rewritten: report.fresh_pages,
             throughput_bytes_per_s: report.throughput_bytes_per_s(),
             dirty_bytes_per_s: report.dirty_bytes_per_s(),
+            lanes: report.lanes,
+            lanes_lost: report.lanes_lost,
             rounds: report.rounds.iter().map(JsonRound::from).collect(),
             compression: JsonCompression::from(&report.encoding),
         }

@@ -81,6 +81,11 @@ fn line(look: &Progress) -> String {
         format!("{} left", bytes(look.remaining_bytes)),
         format!("dirtied {}/s", bytes(look.dirty_bytes_per_s)),
     ];
+    parts.push(match (look.lanes, look.lanes_lost) {
+        (1, 0) => "1 lane".to_owned(),
+        (lanes, 0) => format!("{lanes} lanes"),
+        (lanes, lost) => format!("{lanes} lanes, {lost} lost"),
+    });
     parts.extend(
         look.predicted_blackout
             .map(|span| format!("blackout ~{} ms", span.as_millis())),

@@ -47,6 +47,9 @@ impl Shared {
             Input::Sent(totals) => {
                 let before = (self.meter.bytes_wire(), self.meter.open_pages());
                 self.meter.sent(totals);
+                if matches!(state, State::Copying(_)) {
+                    self.grow();
+                }
                 // Pages that move are no standstill, however slow the link. A live copy that stands
                 // still is bounded as well: it may be a suspended one a moment later.
                 let moves = (self.meter.bytes_wire(), self.meter.open_pages()) != before;

@@ -7,6 +7,7 @@ use ferry_stream::message::{LaneId, Message};
 
 use super::lanes::Said;
 use super::{Shared, State};
+use crate::core::growth::Advice;
 use crate::core::message::{Action, Failure, Moment, Notice, Reason, Reclaimed};
 use crate::core::outcome::in_full;
 use crate::core::pageset::PageSet;
@@ -22,6 +23,16 @@ impl Shared {
     fn open_another_lane(&mut self) {
         let lane = self.lanes.open_another();
         self.actions.extend(lane.map(Action::OpenLane));
+    }
+
+    /// Opens one more when the last one has paid.
+    pub(super) fn grow(&mut self) {
+        let (now, lanes, totals) = (self.now, self.lanes.up(), self.meter.totals());
+        let growth = self.growth.as_mut();
+        let advice = growth.map(|growth| growth.sent(now, totals, lanes));
+        if advice == Some(Advice::Grow) {
+            self.open_another_lane();
+        }
     }
 
     /// Opens again what is due.

@@ -38,12 +38,15 @@ use std::time::Duration;
 
 use ferry_stream::message::{Features, Message, Round};
 
+pub use ferry_stream::limits::MAX_LANES;
+
 pub use self::config::{LanePlan, SourceConfig, SourceLimits};
 use self::ending::{Leaving, Undoing};
 use self::lanes::Lanes;
 use self::precopy::{Collecting, Copying, Holding, Preparing};
 use self::switchover::{Asking, Draining, Given, Giving, Offering, Stopping};
 use crate::core::converge::Converge;
+use crate::core::growth::Growth;
 use crate::core::heat::Heat;
 use crate::core::message::{Action, Input, Moment, Phase, Reason, Record};
 use crate::core::meter::{Meter, Progress, Report};
@@ -88,6 +91,8 @@ struct Shared {
     /// What both sides are able to do with pages.
     features: Features,
     lanes: Lanes,
+    /// Whether more lanes are opened.
+    growth: Option<Growth>,
     round: Round,
     pages_told: u64,
     /// The state in which people want the guest, whatever the engine does with it meanwhile.
@@ -139,6 +144,10 @@ impl Source {
         converge: Box<dyn Converge>,
     ) -> Self {
         let timeout = config.timeout.map(|span| Moment::default().after(span));
+        let growth = match config.lanes {
+            LanePlan::Fixed(_) => None,
+            LanePlan::Grow { room, .. } => Some(Growth::new(room, config.limits.growing)),
+        };
         let mut shared = Shared {
             converge,
             meter: Meter::default(),
@@ -149,6 +158,7 @@ impl Source {
             timeout,
             features: Features::NONE,
             lanes: Lanes::default(),
+            growth,
             round: Round(0),
             pages_told: 0,
             wanted: guest,

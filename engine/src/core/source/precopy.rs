@@ -76,8 +76,9 @@ impl Preparing {
     }
 
     pub(super) fn advance(mut self, shared: &mut Shared) -> State {
-        let lanes_stand = shared.lanes.up() > 0 && shared.lanes.opening().is_empty();
-        let ready = self.journaled && lanes_stand && self.state_open && self.prepared;
+        // One lane is enough to begin: the others join as they come, and a hello that hangs holds up
+        // nobody.
+        let ready = self.journaled && shared.lanes.up() > 0 && self.state_open && self.prepared;
         match self.populated.take_if(|_| ready) {
             Some(populated) => shared.begin_copy(populated),
             None => State::Preparing(self),

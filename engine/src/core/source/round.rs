@@ -14,6 +14,9 @@ impl Shared {
         self.round = Round(self.round.0 + 1);
         self.meter.begin_round(self.now, self.round, pages.len());
         self.lanes.begin(self.round);
+        if let Some(growth) = &mut self.growth {
+            growth.interrupted();
+        }
         let zeros = if self.round.0 == 1 {
             ZeroPages::Skip
         } else {
