@@ -34,19 +34,41 @@ pub(super) const CHUNK_RUNS: usize = MAX_RECORDS / 4;
 /// What all lanes have done, counted by all of them.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
-    pub(super) pages: AtomicU64,
-    pub(super) zero_pages: AtomicU64,
-    pub(super) skipped_pages: AtomicU64,
+    pages: AtomicU64,
+    zero_pages: AtomicU64,
+    skipped_pages: AtomicU64,
     pub(super) fresh_pages: AtomicU64,
     pub(super) bytes: AtomicU64,
     pub(super) waited_ns: AtomicU64,
 }
 
+/// What became of the pages of a chunk.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Dealt {
+    /// Told.
+    pub(super) pages: u64,
+    /// Zero, told or not.
+    pub(super) zero: u64,
+    /// Zero, and not told.
+    pub(super) skipped: u64,
+}
+
 impl Counters {
+    /// A frame has left, or a chunk of which nothing is told was looked at. Zero pages come last, and
+    /// are read first: they never seem to be more than the pages that they are among.
+    pub(super) fn count(&self, dealt: Dealt, bytes: u64) {
+        self.skipped_pages
+            .fetch_add(dealt.skipped, Ordering::AcqRel);
+        self.pages.fetch_add(dealt.pages, Ordering::AcqRel);
+        self.zero_pages.fetch_add(dealt.zero, Ordering::AcqRel);
+        self.bytes.fetch_add(bytes, Ordering::AcqRel);
+    }
+
     pub(crate) fn totals(&self) -> LaneTotals {
+        let zero_pages = self.zero_pages.load(Ordering::Acquire);
         LaneTotals {
+            zero_pages,
             pages: self.pages.load(Ordering::Acquire),
-            zero_pages: self.zero_pages.load(Ordering::Acquire),
             skipped_pages: self.skipped_pages.load(Ordering::Acquire),
             fresh_pages: self.fresh_pages.load(Ordering::Acquire),
             bytes: self.bytes.load(Ordering::Acquire),

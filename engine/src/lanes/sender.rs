@@ -13,7 +13,7 @@ use ferry_stream::pages::{PageFrame, PageRun, Zeros};
 use super::encode::OnLane;
 use super::fresh::Looks;
 use super::log::Log;
-use super::send::{CHUNK_PAGES, CHUNK_RUNS, Outfit, Queue, Run};
+use super::send::{CHUNK_PAGES, CHUNK_RUNS, Dealt, Outfit, Queue, Run};
 use super::{PanicWatch, is_death};
 use crate::core::message::{Failure, Input, Rewritten, Step, ZeroPages};
 use crate::core::outcome::in_full;
@@ -109,16 +109,13 @@ impl Sender {
                 let counter = &self.outfit.counters.fresh_pages;
                 counter.fetch_add(left_out, Ordering::AcqRel);
             }
-            self.fill(queue, runs)?;
+            let dealt = self.fill(queue, runs)?;
             self.encode(queue.round);
-            let pages = self.frame.pages();
-            self.log.tell(pages);
+            self.log.tell(dealt.pages);
             self.pay();
             self.go_on()?;
             let bytes = self.writer.send(&mut *self.lane, &mut self.frame)?;
-            let counters = &self.outfit.counters;
-            counters.pages.fetch_add(pages, Ordering::AcqRel);
-            counters.bytes.fetch_add(bytes, Ordering::AcqRel);
+            self.outfit.counters.count(dealt, bytes);
         }
         self.go_on()?;
         let bytes = self.writer.end_round(&mut *self.lane, queue.round)?;
@@ -163,8 +160,13 @@ impl Sender {
     }
 
     /// Copies the runs from guest RAM into the frame, without their zero pages.
-    fn fill(&mut self, queue: &Queue, runs: &[Run]) -> Result<(), Broken> {
+    fn fill(&mut self, queue: &Queue, runs: &[Run]) -> Result<Dealt, Broken> {
         self.frame.begin(queue.round);
+        let mut dealt = Dealt::default();
+        let zeros = match queue.zeros {
+            ZeroPages::Tell => Zeros::Tell,
+            ZeroPages::Skip => Zeros::Skip,
+        };
         for &Run { region, range } in runs {
             let count = u32::try_from(range.count).expect("a chunk has at most CHUNK_PAGES pages");
             let run = PageRun {
@@ -175,19 +177,12 @@ impl Sender {
             self.outfit
                 .ram
                 .read(region, range, self.frame.push_raw(run)?)?;
-            let zeros = match queue.zeros {
-                ZeroPages::Tell => Zeros::Tell,
-                ZeroPages::Skip => Zeros::Skip,
-            };
-            let zero_pages = self.frame.elide_zeros(zeros);
-            let counters = &self.outfit.counters;
-            counters.zero_pages.fetch_add(zero_pages, Ordering::AcqRel);
-            if zeros == Zeros::Skip {
-                counters
-                    .skipped_pages
-                    .fetch_add(zero_pages, Ordering::AcqRel);
-            }
+            dealt.zero += self.frame.elide_zeros(zeros);
         }
-        Ok(())
+        if zeros == Zeros::Skip {
+            dealt.skipped = dealt.zero;
+        }
+        dealt.pages = self.frame.pages();
+        Ok(dealt)
     }
 }
