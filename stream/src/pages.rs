@@ -5,7 +5,8 @@
 //!
 //! A receiver reads the bytes straight into guest RAM, before it can know the frame's checksum. So
 //! the table has a checksum of its own, and no address is used before that fits: what a corrupted
-//! frame can spoil are the pages that it names, which come again, and never others. Packed data is
+//! frame can spoil are the pages that it names, at a target that then gives up, and never others.
+//! Packed data is
 //! checked, unpacked and compared with the length that the table tells before any page is touched.
 
 mod builder;

@@ -5,8 +5,8 @@
 //! dirty for every decision, and never more waits than the last round can carry within the downtime
 //! limit: so nothing is put off that would have to be paid for with the guest standing.
 
-use crate::core::layout::{Layout, PageNumber, PageRange, RegionIndex};
-use crate::core::pageset::PageSet;
+use crate::core::layout::Layout;
+use crate::core::pageset::{Cursor, PageSet};
 
 /// What the latest collections found, and what waits.
 #[derive(Debug)]
@@ -30,12 +30,8 @@ impl Heat {
 
     /// Notes what a collection found, and adds to it what waited: all that is dirty.
     pub(crate) fn collected(&mut self, found: &mut PageSet) -> Hot {
-        let hot = Hot(common(found, &self.twice));
-        let again = common(found, &self.once);
-        self.twice.clear();
-        for (region, page) in again {
-            insert(&mut self.twice, region, page);
-        }
+        let hot = Hot(found.intersection(&self.twice));
+        self.twice = found.intersection(&self.once);
         self.once.clear();
         self.once.union(found);
         found.union(&self.waiting);
@@ -45,13 +41,18 @@ impl Heat {
 
     /// Takes the hot pages out of `dirty`, up to `most` of them: they wait.
     pub(crate) fn hold(&mut self, hot: &Hot, dirty: &mut PageSet, most: u64) {
-        let most = usize::try_from(most).unwrap_or(usize::MAX);
-        for &(region, page) in hot.0.iter().take(most) {
-            let one = PageRange::new(page.0, 1);
+        let mut left = most;
+        let mut cursor = Cursor::default();
+        while left > 0
+            && let Some((region, range)) = hot.0.next_run(&mut cursor, left)
+        {
             dirty
-                .remove(region, one)
-                .expect("the page is of the same layout");
-            insert(&mut self.waiting, region, page);
+                .remove(region, range)
+                .expect("both sets are over one layout");
+            self.waiting
+                .insert(region, range)
+                .expect("both sets are over one layout");
+            left -= range.count;
         }
     }
 
@@ -61,23 +62,8 @@ impl Heat {
     }
 }
 
-/// The hot pages of a collection, in order.
-pub(crate) struct Hot(Vec<(RegionIndex, PageNumber)>);
-
-fn common(of: &PageSet, and: &PageSet) -> Vec<(RegionIndex, PageNumber)> {
-    let pages = of.ranges().flat_map(|(region, range)| {
-        let pages = range.first.0..range.end().0;
-        pages.map(move |page| (region, PageNumber(page)))
-    });
-    pages
-        .filter(|&(region, page)| and.contains(region, page))
-        .collect()
-}
-
-fn insert(set: &mut PageSet, region: RegionIndex, page: PageNumber) {
-    set.insert(region, PageRange::new(page.0, 1))
-        .expect("the page is of the same layout");
-}
+/// The hot pages of a collection.
+pub(crate) struct Hot(PageSet);
 
 #[cfg(test)]
 mod tests {
@@ -87,7 +73,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::core::layout::Region;
+    use crate::core::layout::{PageRange, Region, RegionIndex};
 
     const PAGES: u64 = 40;
 
@@ -103,7 +89,7 @@ mod tests {
     fn set(pages: &BTreeSet<u64>) -> PageSet {
         let mut set = PageSet::empty(&layout());
         for &page in pages {
-            insert(&mut set, RegionIndex(0), PageNumber(page));
+            set.insert(RegionIndex(0), PageRange::new(page, 1)).unwrap();
         }
         set
     }

@@ -96,6 +96,15 @@ impl PageSet {
         }
     }
 
+    /// The pages that are in `other` too, a set over the same layout.
+    #[must_use]
+    pub fn intersection(&self, other: &Self) -> Self {
+        let pairs = self.regions.iter().zip(&other.regions);
+        let regions: Box<[Bits]> = pairs.map(|(ours, theirs)| ours.common(theirs)).collect();
+        let len = regions.iter().map(Bits::count).sum();
+        Self { regions, len }
+    }
+
     /// Empties it, at a cost of what was in it.
     pub fn clear(&mut self) {
         if self.len > 0 {
@@ -195,6 +204,27 @@ impl Bits {
         let (at, bit) = split(index as u64);
         let set = u64::from(self.words[index] != 0);
         self.summary[at] = self.summary[at] & !(1 << bit) | set << bit;
+    }
+
+    fn common(&self, other: &Self) -> Self {
+        let mut common = Self::new(self.pages);
+        let mut from = 0;
+        while let Some(index) = self.next_word(from) {
+            common.words[index] = self.words[index] & other.words[index];
+            common.summarise(index);
+            from = index + 1;
+        }
+        common
+    }
+
+    fn count(&self) -> u64 {
+        let mut count = 0;
+        let mut from = 0;
+        while let Some(index) = self.next_word(from) {
+            count += u64::from(self.words[index].count_ones());
+            from = index + 1;
+        }
+        count
     }
 
     fn clear(&mut self) {
@@ -339,6 +369,38 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn an_intersection_holds_what_both_hold(
+            steps in [vec(any_step(), 0..12), vec(any_step(), 0..12)],
+        ) {
+            let mut oracles = [Oracle::default(), Oracle::default()];
+            let mut sets = [PageSet::empty(&layout()), PageSet::empty(&layout())];
+            for ((steps, oracle), set) in steps.iter().zip(&mut oracles).zip(&mut sets) {
+                for step in steps {
+                    oracle.apply(step);
+                    match step {
+                        Step::Insert(region, range) => {
+                            set.insert(RegionIndex(*region), *range).unwrap();
+                        }
+                        Step::Remove(region, range) => {
+                            set.remove(RegionIndex(*region), *range).unwrap();
+                        }
+                        Step::Clear => set.clear(),
+                    }
+                }
+            }
+            let both = sets[0].intersection(&sets[1]);
+            let members: BTreeSet<_> = both
+                .ranges()
+                .flat_map(|(region, range)| {
+                    (range.first.0..range.end().0).map(move |page| (region.0, page))
+                })
+                .collect();
+            let expected: BTreeSet<_> = oracles[0].0.intersection(&oracles[1].0).copied().collect();
+            prop_assert_eq!(both.len(), expected.len() as u64);
+            prop_assert_eq!(members, expected);
+        }
+
         #[test]
         fn behaves_like_a_set_of_pages(steps in vec(any_step(), 0..40), most in 1_u64..200) {
             let (mut set, mut oracle) = (PageSet::empty(&layout()), Oracle::default());

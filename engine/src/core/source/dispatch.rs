@@ -53,7 +53,11 @@ impl Shared {
                 // Pages that move are no standstill, however slow the link. A live copy that stands
                 // still is bounded as well: it may be a suspended one a moment later.
                 let moves = (self.meter.bytes_wire(), self.meter.open_pages()) != before;
-                let is_sending = matches!(state, State::Copying(_) | State::Draining(_));
+                let is_sending = match &state {
+                    State::Copying(_) | State::Draining(_) => true,
+                    State::Offering(offering) => offering.is_sending(),
+                    _ => false,
+                };
                 if let (true, true, Some((_, limit))) = (moves, is_sending, self.deadline) {
                     self.bound(limit);
                 }

@@ -48,6 +48,11 @@ impl Shared {
         for lane in self.lanes.opening() {
             self.fence(lane, Said::Nothing);
         }
+        if self.lanes.all_gone() && self.lanes.last_word_at().is_none() {
+            let what = "no page lane stands".to_owned();
+            let at = self.now.after(self.config.limits.last_word);
+            self.lanes.await_last_word(at, Reason::LinkLost { what });
+        }
     }
 
     pub(super) fn lane_open(&mut self, state: State, lane: LaneId) -> State {

@@ -174,6 +174,20 @@ fn a_guest_that_stands_does_not_wait_for_a_lane_to_open() {
     );
 }
 
+#[test]
+fn a_guest_runs_on_while_no_lane_stands() {
+    let mut bench = copying(Verdict::Stop);
+    bench.tell(dies(TWO));
+    bench.tell(fenced(TWO, 0));
+    bench.tell(reclaimed(TWO, 1, 0, pages(0)));
+    bench.wait();
+    bench.tell(sent(1, 3));
+    bench.tell(done(1, 3));
+    bench.tell(dies(ONE));
+    let orders = bench.tell(Input::Collected { found: pages(1) });
+    assert_eq!(orders, ["tell", "Flush", "copy 1 in round 2, Tell"]);
+}
+
 /// At the last round, with lane 2 dead in it.
 fn dying_at_the_end() -> Bench {
     let mut bench = Bench::at(Phase::Offering);

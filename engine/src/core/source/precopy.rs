@@ -244,12 +244,13 @@ impl Shared {
                     awaits: Awaits::Flush,
                 })
             }
-            Verdict::Stop => self.stop(dirty),
+            // A guest that stands must not wait for a lane to be opened.
+            Verdict::Stop if self.lanes.up() > 0 => self.stop(dirty),
             Verdict::GiveUp if self.timeout.is_none() && !self.hold_ordered => {
                 let reason = self.not_converging(dirty.len());
                 self.undo(reason)
             }
-            Verdict::GiveUp | Verdict::Continue => {
+            Verdict::Stop | Verdict::GiveUp | Verdict::Continue => {
                 self.order_flush();
                 let most = self.view(0).may_wait();
                 self.heat.hold(hot, &mut dirty, most);

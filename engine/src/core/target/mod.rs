@@ -60,7 +60,9 @@ pub struct TargetLimits {
     /// For an answer to be read, after it was given.
     pub parting: Duration,
     /// After which a page lane on which nothing comes is dead, when others have ended the round: it
-    /// is fenced then, and its pages go over those.
+    /// is fenced then, and its pages go over those. A source that keeps to a bandwidth may sleep off
+    /// a chunk of half a MiB for every other lane before it sends its own: with the usual two lanes
+    /// half a second at 1 MiB/s.
     pub lane_silence: Duration,
 }
 
@@ -71,7 +73,7 @@ impl Default for TargetLimits {
             offered: Duration::from_secs(120),
             linger: Duration::from_secs(90),
             parting: Duration::from_secs(2),
-            lane_silence: Duration::from_millis(500),
+            lane_silence: Duration::from_secs(2),
         }
     }
 }
