@@ -1,4 +1,5 @@
-//! `--bandwidth`: no more than so many bytes a second, over all lanes together.
+//! `--bandwidth`: no more than so many bytes a second, over all lanes together. What is sent while the
+//! guest is handed over does not pay: it would pay with the guest standing.
 //!
 //! A bucket that never holds more than a short burst. A sender pays before it sends and sleeps off
 //! its debt, so lanes share the rate by what they send, and a change of the rate, or the end, wakes

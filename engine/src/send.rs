@@ -29,7 +29,7 @@ use crate::dial::inquire;
 use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
 use crate::lanes::encode::Encoder;
-use crate::lanes::send::{Counters, Outfit, Senders, chain};
+use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders, chain};
 use crate::pacer::Pacer;
 use crate::vmm::{DeviceState, Guest, Ram, Tracker, VmmError};
 use crate::worker::{Clock, Facts, Worker};
@@ -243,9 +243,14 @@ impl Driver {
                 pages,
                 zeros,
                 rewritten,
-            } => {
-                lock(&self.senders).copy(round, pages, zeros, rewritten);
-            }
+                pace,
+            } => lock(&self.senders).copy(RoundOrder {
+                round,
+                pages,
+                zeros,
+                rewritten,
+                pace,
+            }),
             Action::Flush => {
                 self.flusher
                     .order(Step::Flush, |flush| flush().map(|()| Input::Flushed));

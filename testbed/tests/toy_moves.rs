@@ -334,6 +334,42 @@ async fn what_is_rewritten_all_the_time_waits_and_is_not_forgotten() -> Outcomes
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_round_may_use_the_whole_link() -> Outcomes {
+    let shape = Shape {
+        name: "ram",
+        pages: 2048,
+        filled: 1024,
+        busy: 1000,
+    };
+    let model = Model {
+        shapes: vec![shape],
+        rate_pages_per_s: 20_000,
+        ..Model::default()
+    };
+    let pair = Pair::new(&model)?;
+    // Round after round leaves most of 1000 pages dirty: half a second's worth.
+    let ended = moved(&pair, |source| {
+        source
+            .with_bandwidth(rate(8 << 20))
+            .with_converge(Box::new(After(2)))
+    })
+    .await;
+    pair.check(&ended);
+    let report = &ended.source.report;
+    let last: u64 = report.rounds[2..].iter().map(|round| round.bytes).sum();
+    let paced = Duration::from_micros(last * 1_000_000 / (8 << 20));
+    assert!(paced > Duration::from_millis(200), "{report:?}");
+    assert!(report.downtime.unwrap() < paced / 2, "{report:?}");
+    let first = &report.rounds[0];
+    let least = Duration::from_micros(first.bytes * 1_000_000 / (8 << 20));
+    assert!(
+        first.took > least * 7 / 10,
+        "the first round is paced: {first:?}"
+    );
+    Ok(())
+}
+
 /// A guest that dirties faster than the link carries.
 fn restless() -> Model {
     let shape = Shape {

@@ -112,6 +112,15 @@ pub enum Rewritten {
     Send,
 }
 
+/// Whether the bandwidth limit holds for a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// Yes.
+    Limited,
+    /// No: the guest stands, and is handed over.
+    Free,
+}
+
 /// What the journal of a QEMU says. The journal outlives the engine; see
 /// [`crate::journal`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -342,6 +351,8 @@ pub enum Action {
         zeros: ZeroPages,
         /// Whether pages may be left out.
         rewritten: Rewritten,
+        /// Whether the bandwidth limit holds.
+        pace: Pace,
     },
     /// Source: flush disk images. Answered by [`Input::Flushed`].
     Flush,

@@ -131,8 +131,9 @@ mod tests {
 
     use super::*;
     use crate::core::layout::{Layout, PageRange, Region, RegionIndex};
-    use crate::core::message::{Rewritten, ZeroPages};
+    use crate::core::message::{Pace, Rewritten, ZeroPages};
     use crate::lanes::send::CHUNK_PAGES;
+    use crate::lanes::send::RoundOrder;
 
     const PAGES: u64 = 1000;
 
@@ -149,12 +150,13 @@ mod tests {
     fn log(holes: PageRange) -> (Log, PageSet) {
         let mut pages = PageSet::full(&layout());
         pages.remove(RegionIndex(0), holes).unwrap();
-        let queue = Arc::new(Queue::new(
-            Round(3),
-            Arc::new(pages.clone()),
-            ZeroPages::Tell,
-            Rewritten::Send,
-        ));
+        let queue = Arc::new(Queue::new(RoundOrder {
+            round: Round(3),
+            pages: Arc::new(pages.clone()),
+            zeros: ZeroPages::Tell,
+            rewritten: Rewritten::Send,
+            pace: Pace::Limited,
+        }));
         let mut log = Log::default();
         log.begin(&queue, 5);
         let mut runs = Vec::new();

@@ -17,7 +17,7 @@ use super::encode::Encoder;
 use super::log::{Log, ReclaimError};
 use super::sender::Sender;
 use crate::core::layout::{PageRange, RegionIndex};
-use crate::core::message::{LaneTotals, Reclaimed, Rewritten, ZeroPages};
+use crate::core::message::{LaneTotals, Pace, Reclaimed, Rewritten, ZeroPages};
 use crate::core::pageset::{Cursor, PageSet};
 use crate::pacer::Pacer;
 use crate::vmm::{Fresh, Ram};
@@ -96,27 +96,33 @@ pub(super) struct Run {
     pub(super) range: PageRange,
 }
 
+/// A round, as it is ordered.
+pub(crate) struct RoundOrder {
+    pub(crate) round: Round,
+    pub(crate) pages: Arc<PageSet>,
+    pub(crate) zeros: ZeroPages,
+    pub(crate) rewritten: Rewritten,
+    pub(crate) pace: Pace,
+}
+
 /// A round, shared by the lanes.
 pub(super) struct Queue {
     pub(super) round: Round,
     pages: Arc<PageSet>,
     pub(super) zeros: ZeroPages,
     pub(super) rewritten: Rewritten,
+    pub(super) pace: Pace,
     cursor: Mutex<Cursor>,
 }
 
 impl Queue {
-    pub(super) fn new(
-        round: Round,
-        pages: Arc<PageSet>,
-        zeros: ZeroPages,
-        rewritten: Rewritten,
-    ) -> Self {
+    pub(super) fn new(order: RoundOrder) -> Self {
         Self {
-            round,
-            pages,
-            zeros,
-            rewritten,
+            round: order.round,
+            pages: order.pages,
+            zeros: order.zeros,
+            rewritten: order.rewritten,
+            pace: order.pace,
             cursor: Mutex::default(),
         }
     }
@@ -203,15 +209,9 @@ impl Senders {
         }
     }
 
-    /// Sends `pages` as `round`, over all lanes that have joined.
-    pub(crate) fn copy(
-        &mut self,
-        round: Round,
-        pages: Arc<PageSet>,
-        zeros: ZeroPages,
-        rewritten: Rewritten,
-    ) {
-        let queue = Arc::new(Queue::new(round, pages, zeros, rewritten));
+    /// Sends a round over all lanes that have joined.
+    pub(crate) fn copy(&mut self, order: RoundOrder) {
+        let queue = Arc::new(Queue::new(order));
         for lane in self.lanes.iter().filter(|lane| lane.joined) {
             lane.send(&queue);
         }

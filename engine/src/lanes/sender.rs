@@ -15,7 +15,7 @@ use super::fresh::Looks;
 use super::log::Log;
 use super::send::{CHUNK_PAGES, CHUNK_RUNS, Dealt, Outfit, Queue, Run};
 use super::{PanicWatch, is_death};
-use crate::core::message::{Failure, Input, Rewritten, Step, ZeroPages};
+use crate::core::message::{Failure, Input, Pace, Rewritten, Step, ZeroPages};
 use crate::core::outcome::in_full;
 use crate::vmm::VmmError;
 
@@ -112,7 +112,9 @@ impl Sender {
             let dealt = self.fill(queue, runs)?;
             self.encode(queue.round);
             self.log.tell(dealt.pages);
-            self.pay();
+            if queue.pace == Pace::Limited {
+                self.pay();
+            }
             self.go_on()?;
             let bytes = self.writer.send(&mut *self.lane, &mut self.frame)?;
             self.outfit.counters.count(dealt, bytes);

@@ -32,6 +32,7 @@ impl World {
                 pages,
                 zeros,
                 rewritten,
+                ..
             } => self.copy(round, &pages, zeros, rewritten),
             Action::Flush => self.order(HERE, Job::Flush),
             Action::Pause(_) => self.order(HERE, Job::Pause),

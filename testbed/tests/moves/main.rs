@@ -5,6 +5,7 @@
 
 mod pair;
 
+mod caches;
 mod compression;
 mod devices;
 mod giving_up;

@@ -79,7 +79,8 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(1..=i64::from(MAX_LANES)))]
     pub(crate) parallel_connections: Option<u16>,
 
-    /// At most so many MiB a second on the link; without it, as fast as it goes
+    /// At most so many MiB a second on the link while RAM is copied; the last round, with the guest
+    /// stopped, may use all of it. Without it, as fast as it goes
     #[arg(long, value_name = "MIB_PER_S")]
     pub(crate) bandwidth: Option<NonZeroU64>,
 

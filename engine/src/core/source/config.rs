@@ -121,7 +121,7 @@ impl Default for SourceLimits {
         Self {
             greeting: Duration::from_secs(10),
             preparing: Duration::from_secs(300),
-            flushing: Duration::from_secs(5),
+            flushing: Duration::from_secs(60),
             stopping: Duration::from_secs(30),
             draining: Duration::from_secs(60),
             offering: Duration::from_secs(60),

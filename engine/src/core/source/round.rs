@@ -5,12 +5,21 @@ use std::sync::Arc;
 use ferry_stream::message::{Message, Round};
 
 use super::Shared;
-use crate::core::message::{Action, Input, Reason, Rewritten, ZeroPages};
+use crate::core::message::{Action, Input, Pace, Reason, Rewritten, ZeroPages};
 use crate::core::pageset::PageSet;
 
 impl Shared {
-    /// Orders the next round over `pages`. Where some may be left out, a collection must follow.
+    /// Orders the next round over `pages`, which a collection follows.
     pub(super) fn copy(&mut self, pages: PageSet, rewritten: Rewritten) -> InFlight {
+        self.order_copy(pages, rewritten, Pace::Limited)
+    }
+
+    /// Orders the next round over `pages`, with the guest being handed over.
+    pub(super) fn copy_last(&mut self, pages: PageSet) -> InFlight {
+        self.order_copy(pages, Rewritten::Send, Pace::Free)
+    }
+
+    fn order_copy(&mut self, pages: PageSet, rewritten: Rewritten, pace: Pace) -> InFlight {
         self.round = Round(self.round.0 + 1);
         self.meter.begin_round(self.now, self.round, pages.len());
         self.lanes.begin(self.round);
@@ -27,6 +36,7 @@ impl Shared {
             pages: Arc::new(pages),
             zeros,
             rewritten,
+            pace,
         });
         InFlight {
             round: self.round,

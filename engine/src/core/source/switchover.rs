@@ -10,9 +10,7 @@ use ferry_stream::message::{Message, Verdict};
 
 use super::round::{InFlight, Settled};
 use super::{Hardware, Shared, State};
-use crate::core::message::{
-    Action, Input, Moment, Notice, Outcome, Reason, Record, Rewritten, run_order,
-};
+use crate::core::message::{Action, Input, Moment, Notice, Outcome, Reason, Record, run_order};
 use crate::core::pageset::PageSet;
 use crate::vmm::{Inventory, Rearm};
 
@@ -93,7 +91,7 @@ impl Draining {
                 shared.meter.blackout(|watch| watch.collected(now));
                 found.union(before);
                 shared.add_owed(&mut found);
-                self.left = Left::Sending(shared.copy(found, Rewritten::Send));
+                self.left = Left::Sending(shared.copy_last(found));
             }
             (Input::Collected { mut found }, Left::LastCollecting) => {
                 shared.add_owed(&mut found);
@@ -161,7 +159,7 @@ impl Draining {
 impl Shared {
     fn last_round(&mut self, last: PageSet, saved: Saved) -> State {
         let pages = self.pages_told + last.len();
-        let in_flight = self.copy(last, Rewritten::Send);
+        let in_flight = self.copy_last(last);
         self.say_complete(pages, saved);
         self.bound(self.config.limits.offering);
         State::Offering(Offering {
