@@ -20,6 +20,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::libc;
+use nix::unistd::Pid;
 
 use super::{Error, Process};
 use crate::vmm::Rearm;
@@ -40,19 +41,22 @@ const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 #[derive(Debug)]
 pub struct Pagemap {
     file: File,
+    pid: Pid,
 }
 
 impl Pagemap {
     /// Opens the page map of a process. It stays with the address space that the process has now.
     pub fn open(process: &Process) -> Result<Self, Error> {
         let file = process.open_proc("pagemap", OFlag::O_RDONLY)?;
-        Ok(Self { file })
+        let pid = process.pid();
+        Ok(Self { file, pid })
     }
 
     /// Tells `found` every run of written pages within `addresses`, in order.
     ///
     /// Fails with [`Error::Unwatched`] where writes are not tracked, though not where nothing is
-    /// mapped: see the traps above.
+    /// mapped, and with [`Error::Gone`] where the kernel tells that the process has ended: see the
+    /// traps above.
     pub fn scan(
         &self,
         addresses: &Range<u64>,
@@ -62,7 +66,7 @@ impl Pagemap {
         let mut vector = vec![PageRegion::default(); KERNEL_VECTOR];
         let mut rest = addresses.clone();
         while rest.start < rest.end {
-            let pass = Pass::new(&rest, rearm).run(self.file.as_fd(), &mut vector)?;
+            let pass = Pass::new(&rest, rearm).run(self, &mut vector)?;
             let regions = vector.iter().take(pass.regions);
             regions.for_each(|region| found(region.start..region.end));
             // A huge page that `addresses` covers in part cannot be protected: the kernel backs out
@@ -106,9 +110,9 @@ impl Pass {
         }
     }
 
-    fn run(mut self, fd: BorrowedFd<'_>, vector: &mut [PageRegion]) -> Result<Progress, Error> {
+    fn run(mut self, of: &Pagemap, vector: &mut [PageRegion]) -> Result<Progress, Error> {
         loop {
-            match ioctl_scan(fd, &mut self.arg, vector) {
+            match ioctl_scan(of.file.as_fd(), &mut self.arg, vector) {
                 Ok(regions) => {
                     return Ok(Progress {
                         regions,
@@ -123,6 +127,7 @@ impl Pass {
                         end: self.arg.end,
                     });
                 }
+                Err(Errno::ESRCH) => return Err(Error::Gone { pid: of.pid }),
                 Err(error) => return Err(Error::call("PAGEMAP_SCAN", error)),
             }
         }
