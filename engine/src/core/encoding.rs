@@ -148,11 +148,12 @@ const MARGIN: f64 = 1.1;
 
 /// How much better another way to pack must be than the present one: two that are about as good would
 /// else take turns with every change of what is known of them.
-const SWITCH_MARGIN: f64 = 1.25;
+const SWITCH_MARGIN: f64 = 1.15;
 
 /// What fewer bytes on the link are worth beside pages that arrive earlier: half as many count as
-/// 1.7 times as fast. They cost both hosts cores in the kernel, which no packer's time shows.
-const THRIFT: f64 = 0.75;
+/// twice as fast. A link is seldom one's own, and bytes cost both hosts cores in the kernel, which no
+/// packer's time shows.
+const THRIFT: f64 = 1.0;
 
 /// How much of an estimate a new measurement replaces.
 const WEIGHT: f64 = 0.3;
