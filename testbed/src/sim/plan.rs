@@ -252,6 +252,7 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
             redial: rng.micros(1..=2000),
             growing: rng.micros(10..=1000),
             last_word: rng.micros(1..=500),
+            settling: rng.micros(0..=2000),
         },
     }
 }
@@ -283,6 +284,7 @@ fn target_config(rng: &mut Rng) -> TargetConfig {
             linger: ms(200),
             parting: ms(8),
             lane_silence: rng.micros(500..=20_000),
+            settling: rng.micros(0..=2000),
         },
     }
 }

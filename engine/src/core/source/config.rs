@@ -114,6 +114,9 @@ pub struct SourceLimits {
     pub growing: Duration,
     /// For the peer's word on the control lane, when every page lane has ended without one.
     pub last_word: Duration,
+    /// For which nothing is cleaned up once the guest runs at the target. Where both are one host, the
+    /// guest would have to share its first moments with the end of tracking, of lanes and of a VMM.
+    pub settling: Duration,
 }
 
 impl Default for SourceLimits {
@@ -131,6 +134,7 @@ impl Default for SourceLimits {
             redial: Duration::from_millis(50),
             growing: Duration::from_millis(300),
             last_word: Duration::from_millis(100),
+            settling: Duration::from_millis(100),
         }
     }
 }

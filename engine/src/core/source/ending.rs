@@ -21,12 +21,16 @@ impl Shared {
     /// The guest runs at the target, which took `resume` to let it, if that is known.
     pub(super) fn leave(&mut self, resume: Duration) -> State {
         self.meter.runs(self.now, resume);
-        self.unbound();
         self.send(Message::Finished);
         self.journal(Record::Moved);
+        self.bound(self.config.limits.settling);
+        State::Leaving(Leaving::default())
+    }
+
+    /// The guest has had its first moments at the target to itself.
+    pub(super) fn clear_away(&mut self) {
         self.actions.push_back(Action::CloseLanes);
         self.actions.push_back(Action::StopTracking);
-        State::Leaving(Leaving::default())
     }
 }
 

@@ -220,6 +220,10 @@ impl Source {
             let state = mem::replace(&mut self.state, State::Ended);
             self.state = match state {
                 State::Asking(asking) => asking.ask_again(&mut self.shared),
+                State::Leaving(leaving) => {
+                    self.shared.clear_away();
+                    State::Leaving(leaving)
+                }
                 // Only a flush bounds it.
                 State::Collecting(collecting) => {
                     self.shared.flush = Flush::Hanging;

@@ -20,6 +20,10 @@ fn a_migration_without_trouble() {
         let told = format!("{fact:?}");
         assert_eq!(bench.tell(fact), orders, "after {told}");
     }
+    // The guest has its first moments at the target to itself.
+    assert_eq!(bench.wait(), ["CloseLanes", "StopTracking"]);
+    assert_eq!(bench.tell(Input::TrackingStopped), ["Retire"]);
+    assert_eq!(bench.tell(Input::Retired), ["finish moved"]);
     assert_eq!(bench.machine.phase(), Phase::Ended);
 }
 

@@ -2,12 +2,14 @@
 //! first.
 
 use std::mem;
+use std::time::Duration;
 
 use ferry_stream::message::{Message, Run, Verdict};
 
 use super::{MAX_INQUIRERS, Peer, Shared, State};
 use crate::core::message::{
-    Action, Failure, GuestLeft, Input, Inquirer, MayHaveRun, Notice, Outcome, Reason, Record, Step,
+    Action, Failure, GuestLeft, Input, Inquirer, MayHaveRun, Moment, Notice, Outcome, Reason,
+    Record, Step,
 };
 use crate::core::outcome::in_full;
 
@@ -25,7 +27,7 @@ impl Taking {
                 shared.actions.push_back(Action::Resume);
                 State::Resuming(shared.now)
             }
-            Run::StayPaused => shared.runs(0),
+            Run::StayPaused => shared.keep(Run::StayPaused, 0),
         }
     }
 
@@ -55,12 +57,20 @@ impl Shared {
         State::Taking(Taking { run, ran })
     }
 
-    pub(super) fn runs(&mut self, resume_us: u32) -> State {
+    /// The guest is in the state that was ordered, which took so long.
+    pub(super) fn keep(&mut self, run: Run, resume_us: u32) -> State {
         self.send(Message::Running { resume_us });
-        self.actions.push_back(Action::Restore);
         self.bound(self.config.limits.linger);
         self.answer_all(Verdict::Taken);
-        State::Taken
+        let settling = match run {
+            Run::Run => self.config.limits.settling,
+            Run::StayPaused => Duration::ZERO,
+        };
+        let taken = Taken {
+            settles: Some(self.now.after(settling)),
+            source: Knows::Perhaps,
+        };
+        taken.settle(self)
     }
 
     pub(super) fn not_resumed(&mut self, ran: MayHaveRun, failure: Failure) -> State {
@@ -73,16 +83,6 @@ impl Shared {
                 self.finish(Outcome::InDoubt { reason })
             }
         }
-    }
-
-    /// Once the guest runs here, nothing can end that; what happens to it is its own affair.
-    pub(super) fn taken_trouble(&mut self, reason: &Reason) -> State {
-        match reason {
-            Reason::TargetGone { .. } => self.tell(Notice::Leftover(reason.to_string())),
-            Reason::Failed(failure) => self.tell_leftover(failure),
-            _ => {}
-        }
-        State::Taken
     }
 
     pub(super) fn inquired(&mut self, state: State, inquirer: Inquirer) -> State {
@@ -148,7 +148,7 @@ impl State {
     /// What may be answered: what the journal says.
     fn verdict(&self) -> Option<Verdict> {
         match self {
-            Self::Taken => Some(Verdict::Taken),
+            Self::Taken(_) => Some(Verdict::Taken),
             Self::Refusing(refusing) if refusing.record == Written::Durably => {
                 Some(Verdict::Refused)
             }
@@ -157,6 +157,57 @@ impl State {
             }
             _ => None,
         }
+    }
+}
+
+/// The guest is this side's for good.
+pub(super) struct Taken {
+    /// When the VMM's settings are put back, unless they are already.
+    settles: Option<Moment>,
+    source: Knows,
+}
+
+/// Whether the source is known to know whose the guest is.
+#[derive(PartialEq, Eq)]
+enum Knows {
+    Perhaps,
+    Yes,
+}
+
+impl Taken {
+    pub(super) fn settles(&self) -> Option<Moment> {
+        self.settles
+    }
+
+    /// Puts the VMM's settings back, once the guest has had its first moments to itself.
+    pub(super) fn settle(mut self, shared: &mut Shared) -> State {
+        if self.settles.take_if(|at| *at <= shared.now).is_some() {
+            shared.actions.push_back(Action::Restore);
+        }
+        self.end_if_due(shared)
+    }
+
+    /// The source knows, and will not ask.
+    pub(super) fn known(mut self, shared: &mut Shared) -> State {
+        self.source = Knows::Yes;
+        self.end_if_due(shared)
+    }
+
+    fn end_if_due(self, shared: &mut Shared) -> State {
+        if self.settles.is_none() && self.source == Knows::Yes {
+            return shared.finish(Outcome::Moved);
+        }
+        State::Taken(self)
+    }
+
+    /// Once the guest runs here, nothing can end that; what happens to it is its own affair.
+    pub(super) fn trouble(self, shared: &mut Shared, reason: &Reason) -> State {
+        match reason {
+            Reason::TargetGone { .. } => shared.tell(Notice::Leftover(reason.to_string())),
+            Reason::Failed(failure) => shared.tell_leftover(failure),
+            _ => {}
+        }
+        State::Taken(self)
     }
 }
 

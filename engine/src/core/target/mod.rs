@@ -27,9 +27,9 @@ use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
-use ferry_stream::message::{LaneId, Message, SessionId};
+use ferry_stream::message::{LaneId, Message, Run, SessionId};
 
-use self::ending::{Parting, Refusing, Returning, Taking};
+use self::ending::{Parting, Refusing, Returning, Taken, Taking};
 use self::lanes::Lanes;
 use self::receiving::{Preparing, Receiving};
 use crate::core::message::{
@@ -64,6 +64,8 @@ pub struct TargetLimits {
     /// a chunk of half a MiB for every other lane before it sends its own: with the usual two lanes
     /// half a second at 1 MiB/s.
     pub lane_silence: Duration,
+    /// For which nothing is put back or cleaned up once the guest runs: its first moments are its own.
+    pub settling: Duration,
 }
 
 impl Default for TargetLimits {
@@ -74,6 +76,7 @@ impl Default for TargetLimits {
             linger: Duration::from_secs(90),
             parting: Duration::from_secs(2),
             lane_silence: Duration::from_secs(2),
+            settling: Duration::from_millis(100),
         }
     }
 }
@@ -97,7 +100,7 @@ enum State {
     Taking(Taking),
     /// Since the order.
     Resuming(Moment),
-    Taken,
+    Taken(Taken),
     Refusing(Refusing),
     Returning(Returning),
     Ended,
@@ -169,7 +172,11 @@ impl Target {
             .lanes
             .look_at()
             .filter(|_| self.state.takes_pages());
-        [deadline, look].into_iter().flatten().min()
+        let settles = match &self.state {
+            State::Taken(taken) => taken.settles(),
+            _ => None,
+        };
+        [deadline, look, settles].into_iter().flatten().min()
     }
 
     /// Time has passed.
@@ -178,12 +185,14 @@ impl Target {
         if self.shared.lanes.looks(now) && self.state.takes_pages() {
             self.shared.actions.push_back(Action::LookAtLanes);
         }
+        self.settle();
         let Some((_, limit)) = self.shared.deadline.take_if(|(at, _)| *at <= now) else {
             return;
         };
         let state = mem::replace(&mut self.state, State::Ended);
         self.state = match state {
-            State::Taken => self.shared.finish(Outcome::Moved),
+            // Whoever may still have asked has had the time for it.
+            State::Taken(taken) => taken.known(&mut self.shared),
             State::Refusing(refusing) => refusing.timed_out(&mut self.shared),
             State::Returning(returning) => returning.timed_out(&mut self.shared),
             state => {
@@ -195,6 +204,14 @@ impl Target {
                 state.trouble(&mut self.shared, reason)
             }
         };
+    }
+
+    /// The guest has had its first moments here to itself.
+    fn settle(&mut self) {
+        match mem::replace(&mut self.state, State::Ended) {
+            State::Taken(taken) => self.state = taken.settle(&mut self.shared),
+            state => self.state = state,
+        }
     }
 
     /// The migration that is served, once a source was accepted.
@@ -222,7 +239,7 @@ impl Target {
 
     /// True when the guest may run here: from the moment the journal says taken.
     pub fn may_run(&self) -> bool {
-        matches!(self.state, State::Resuming(_) | State::Taken)
+        matches!(self.state, State::Resuming(_) | State::Taken(_))
     }
 }
 
@@ -235,7 +252,7 @@ impl State {
             Self::Loading(_) => Phase::Loading,
             Self::Offered => Phase::Offered,
             Self::Taking(_) | Self::Resuming(_) => Phase::Taking,
-            Self::Taken => Phase::Taken,
+            Self::Taken(_) => Phase::Taken,
             Self::Refusing(_) | Self::Returning(_) => Phase::Refusing,
             Self::Ended => Phase::Ended,
         }
@@ -262,7 +279,7 @@ impl State {
                 }
                 _ => Self::Resuming(since),
             },
-            Self::Taken => shared.taken_trouble(&reason),
+            Self::Taken(taken) => taken.trouble(shared, &reason),
             Self::Refusing(refusing) => refusing.trouble(shared, &reason),
             Self::Returning(returning) => returning.trouble(shared, &reason),
             Self::Ended => Self::Ended,
@@ -314,11 +331,11 @@ impl Shared {
             (State::Loading(since), Input::Loaded) => self.offer(since),
             (State::Offered, Input::Received(Message::Go { run })) => self.take(run),
             (State::Taking(taking), Input::Journaled(Record::Taken)) => taking.taken(self),
-            (State::Resuming(since), Input::Resumed) => self.runs(self.since_us(since)),
+            (State::Resuming(since), Input::Resumed) => self.keep(Run::Run, self.since_us(since)),
             (State::Resuming(_), Input::NotResumed { ran, failure }) => {
                 self.not_resumed(ran, failure)
             }
-            (State::Taken, Input::Received(Message::Finished)) => self.finish(Outcome::Moved),
+            (State::Taken(taken), Input::Received(Message::Finished)) => taken.known(self),
             (State::Refusing(refusing), input) => refusing.handle(self, &input),
             (State::Returning(returning), input) => returning.handle(self, &input),
             (state, input) => self.unexpected(state, &input),
@@ -366,7 +383,10 @@ impl Shared {
     }
 
     fn cancel(&mut self, state: State) -> State {
-        if matches!(state, State::Taking(_) | State::Resuming(_) | State::Taken) {
+        if matches!(
+            state,
+            State::Taking(_) | State::Resuming(_) | State::Taken(_)
+        ) {
             self.tell(Notice::TooLateToCancel);
             return state;
         }
