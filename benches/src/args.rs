@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use ferry_benches::case::{Case, Wire};
-use ferry_benches::guest::Own;
+use ferry_benches::guest::{Own, Verifies};
 use ferry_benches::hosts::There;
 use ferry_benches::matrix::Plan;
 use ferry_benches::peer::{Compression, Peer};
@@ -62,6 +62,9 @@ pub(crate) struct What {
     /// Moves by each way; 5 without, 2 with --quick
     #[arg(long)]
     runs: Option<usize>,
+    /// On one machine: have guests verify their memory only after Ferry's moves, to save time
+    #[arg(long)]
+    trust_qemu: bool,
     /// Measure nothing: take the figures that an earlier run wrote with --json
     #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "cases", "peers", "runs"])]
     pub(crate) from: Option<PathBuf>,
@@ -155,6 +158,11 @@ impl Args {
             runs: self.what.runs.unwrap_or(runs),
             there: self.there.find()?,
             own,
+            verifies: if self.what.trust_qemu {
+                Verifies::Ours
+            } else {
+                Verifies::All
+            },
         })
     }
 

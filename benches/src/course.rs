@@ -143,7 +143,9 @@ impl Carry for Course {
         self.here = target;
         self.end = self.end.other();
         self.page = arrived;
-        if let (Some(page), Some(told)) = (&self.page, &mut figures.guest) {
+        if let (Some(page), Some(told)) = (&self.page, &mut figures.guest)
+            && self.guest.verifies.after(peer)
+        {
             told.bad = self.guest.verify(&self.here, page)?;
         }
         self.rest()?;

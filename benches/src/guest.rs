@@ -12,7 +12,7 @@ use ferry_testbed::{
 use serde::{Deserialize, Serialize};
 
 use crate::case::{Conditions, Equipment};
-use crate::peer::Memory;
+use crate::peer::{Memory, Peer};
 
 /// How long a guest may take to boot, to arrive, to verify its memory.
 pub const BOUND: Duration = Duration::from_secs(300);
@@ -39,6 +39,25 @@ pub struct Guest {
     pub memory: Memory,
     /// The user's own, in place of the testbed's.
     pub own: Option<Own>,
+    /// After whose moves it verifies its memory.
+    pub verifies: Verifies,
+}
+
+/// After whose moves a guest verifies all of its memory, which takes longer than most moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verifies {
+    /// Everybody's.
+    All,
+    /// Ferry's.
+    Ours,
+}
+
+impl Verifies {
+    /// Whether it does after a move by `peer`.
+    pub fn after(self, peer: Peer) -> bool {
+        self == Self::All || !peer.is_qemu()
+    }
 }
 
 /// A guest of the user's: nothing is known of it but what QEMU tells.

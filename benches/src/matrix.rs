@@ -12,7 +12,7 @@ use crate::case::{Case, Conditions, Field};
 use crate::clean_round;
 use crate::course::{Carry, Course};
 use crate::figures::{CaseFigures, Figures, Series, mib};
-use crate::guest::{Guest, Own};
+use crate::guest::{Guest, Own, Verifies};
 use crate::host::{Host, memory_mib};
 use crate::hosts::{self, Pair, There};
 use crate::peer::{Memory, Peer};
@@ -38,6 +38,8 @@ pub struct Plan {
     pub there: Option<There>,
     /// The user's own guest, in place of the testbed's.
     pub own: Option<Own>,
+    /// After whose moves a guest on this machine verifies its memory.
+    pub verifies: Verifies,
 }
 
 /// Whose guest it is: Ferry's or QEMU's.
@@ -152,6 +154,7 @@ impl<'a> Measuring<'a> {
             conditions: self.case.conditions,
             memory,
             own: self.plan.own.clone(),
+            verifies: self.plan.verifies,
         };
         Ok(match &self.plan.there {
             None => Box::new(Course::begin(guest)?),
