@@ -33,6 +33,12 @@
 //! - *Engine memory*: the most that `ferry` had besides guest RAM: `VmRSS` less `RssShmem`, sampled
 //!   every 2 ms. Its program text counts.
 //!
+//! `ferry` is the command with its defaults: where source and target share a network namespace, which
+//! they do on loopback, the target takes pages from the source's RAM and only the frames that tell of
+//! them are on the wire. `ferry:N` is told `--within-host never`: its pages travel over N connections,
+//! as from host to host. So every report has both. Over the link between two namespaces, and to another
+//! host, pages travel either way.
+//!
 //! Each of QEMU's ways runs with private memory and with shared files, and the better counts. The
 //! guests are apart: Ferry's, QEMU's with private memory, QEMU's with shared files. While one moves the
 //! others are stopped.

@@ -18,9 +18,10 @@ pub enum Compression {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Peer {
-    /// Ours, with as many connections as it chooses.
+    /// Ours, as it comes: with as many connections as it chooses, and within a host without sending
+    /// pages.
     Ferry,
-    /// Ours, over so many connections.
+    /// Ours, over so many connections, within a host as from one to another.
     FerryOver {
         /// How many.
         lanes: u8,

@@ -200,13 +200,15 @@ impl Departure<'_> {
     }
 }
 
-/// The options of `ferry migrate` that ask for so many connections.
+/// The options of `ferry migrate` that ask for so many connections, with pages on them: within a host
+/// none would carry any.
 fn lanes(peer: Peer) -> Vec<String> {
     match peer {
         Peer::FerryOver { lanes } => vec![
             "--parallel".into(),
             "--parallel-connections".into(),
             lanes.to_string(),
+            "--within-host=never".into(),
         ],
         _ => Vec::new(),
     }

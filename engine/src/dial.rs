@@ -9,14 +9,32 @@ use ferry_stream::message::{
 };
 
 use crate::control::BoxedConnection;
+use crate::lanes::send::chain;
+use crate::near::lender::Lender;
 
-/// Opens a page lane and greets on it.
+/// Opens a page lane and greets on it: through the back door of a target on this host, or else as to
+/// any other.
 pub(crate) async fn open_lane(
     connector: &dyn Connector,
+    lender: Option<&Lender>,
     session: SessionId,
     id: LaneId,
 ) -> Result<Box<dyn Lane>, ferry_stream::Error> {
-    let mut lane = ControlLane::new(connector.connect().await?);
+    if let Some(lender) = lender {
+        match greet_lane(lender.lane().await, session, id).await {
+            Ok(lane) => return Ok(lane),
+            Err(error) => tracing::debug!(error = chain(&error), %id, "no lane within the host"),
+        }
+    }
+    greet_lane(connector.connect().await, session, id).await
+}
+
+async fn greet_lane(
+    connection: io::Result<BoxedConnection>,
+    session: SessionId,
+    id: LaneId,
+) -> Result<Box<dyn Lane>, ferry_stream::Error> {
+    let mut lane = ControlLane::new(connection?);
     greet(&mut lane, session, Purpose::Lane(id)).await?;
     Ok(lane.into_inner()?.into_lane()?)
 }

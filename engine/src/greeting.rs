@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use crate::control::BoxedConnection;
 use crate::core::message::Notice;
 use crate::lanes::send::chain;
+use crate::near::borrower::{Borrowed, borrow};
 use crate::send::{GREETING_LIMIT, PARTING};
 
 /// Most connections that are being greeted at one time: strangers cost no more than that. One more,
@@ -25,18 +26,26 @@ pub(crate) struct Arrival {
     pub(crate) lane: ControlLane<BoxedConnection>,
     pub(crate) hello: Hello,
     pub(crate) peer: String,
+    /// What a source on this host has lent.
+    pub(crate) borrowed: Option<Borrowed>,
 }
 
-/// Takes connections and greets each in a task of its own, until the driver ends.
+/// Takes connections, those that were `passed` by a source on this host too, and greets each in a task
+/// of its own, until the driver ends.
 pub(crate) async fn accept(
     mut acceptor: Box<dyn Acceptor>,
+    mut passed: mpsc::Receiver<BoxedConnection>,
     greeted: mpsc::Sender<Arrival>,
     notices: mpsc::UnboundedSender<Notice>,
 ) {
     let mut greetings = JoinSet::new();
     let mut oldest_first = VecDeque::new();
     loop {
-        let connection = match acceptor.accept().await {
+        let accepted = tokio::select! {
+            accepted = acceptor.accept() => accepted,
+            Some(lane) = passed.recv() => Ok(lane),
+        };
+        let connection = match accepted {
             Ok(connection) => connection,
             Err(error) => {
                 drop(notices.send(Notice::Leftover(format!("taking a connection: {error}"))));
@@ -65,7 +74,16 @@ async fn greet(
 ) {
     let peer = connection.peer();
     match timeout(GREETING_LIMIT, hello(connection)).await {
-        Ok(Ok((lane, hello))) => drop(greeted.send(Arrival { lane, hello, peer }).await),
+        Ok(Ok((lane, mut hello))) => {
+            let borrowed = borrow(&mut hello).await;
+            let arrival = Arrival {
+                lane,
+                hello,
+                peer,
+                borrowed,
+            };
+            drop(greeted.send(arrival).await);
+        }
         Ok(Err(error)) => {
             drop(notices.send(Notice::Leftover(format!("{peer}: {}", chain(&error)))));
         }

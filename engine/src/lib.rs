@@ -47,6 +47,7 @@ pub mod journal;
 mod lanes;
 #[allow(unsafe_code)]
 pub mod linux;
+mod near;
 mod pacer;
 #[cfg(feature = "qemu")]
 pub mod qemu;
@@ -59,6 +60,7 @@ pub use control::Silence;
 pub use core::encoding::Compression;
 pub use ferry_stream::{link, message};
 pub use job::{Finished, Job, Migration, TargetJob};
+pub use near::WithinHost;
 pub use pacer::Bandwidth;
 
 /// Keeps the README's example compiling.

@@ -24,7 +24,7 @@ use crate::device_state::Inbox;
 use crate::greeting::{Arrival, MAX_GREETINGS, accept};
 use crate::job::Finished;
 use crate::journal::Journal;
-use crate::lanes::receive::{Receivers, ReceivingLane, Tally};
+use crate::lanes::receive::{Place, Receivers, ReceivingLane, Tally};
 use crate::lanes::send::chain;
 use crate::send::{PARTING, VmSide, order_journal};
 use crate::vmm::{Ram, VmmError};
@@ -59,7 +59,9 @@ pub(crate) struct Driver {
     notices: mpsc::UnboundedSender<Notice>,
     silence: Silence,
     control: Option<Control>,
-    ram: Arc<dyn Ram>,
+    place: Place,
+    /// Where the lanes go that a source on this host passes.
+    passed: mpsc::Sender<BoxedConnection>,
     receivers: Receivers,
     /// Lanes whose end is waited for.
     ending: JoinSet<()>,
@@ -88,6 +90,8 @@ impl Driver {
     pub(crate) fn start(parts: Parts) -> io::Result<Self> {
         let Parts { vm, facts, .. } = parts;
         let (greeted, arrivals) = mpsc::channel(MAX_GREETINGS);
+        let (passed, passing) = mpsc::channel(MAX_GREETINGS);
+        let accepting = accept(parts.acceptor, passing, greeted, parts.notices.clone());
         let (asking, asked) = mpsc::unbounded_channel();
         Ok(Self {
             machine: parts.machine,
@@ -95,12 +99,16 @@ impl Driver {
             inbox: parts.inbox,
             commands: parts.commands,
             arrivals,
-            accepting: tokio::spawn(accept(parts.acceptor, greeted, parts.notices.clone())),
+            accepting: tokio::spawn(accepting),
             phase: parts.phase,
             notices: parts.notices,
             silence: parts.silence,
             control: None,
-            ram: parts.ram,
+            place: Place {
+                ram: parts.ram,
+                windows: None,
+            },
+            passed,
             receivers: Receivers::default(),
             ending: JoinSet::new(),
             state: Inbox::default(),
@@ -245,6 +253,8 @@ impl Driver {
     /// RAM is complete. Every lane has ended before the load begins: nothing that a source still sends
     /// writes the RAM of a guest that is loaded, or runs.
     fn release(&mut self, bytes: u64, crc: u32) {
+        // The source's memory is the source's alone again.
+        self.place.windows = None;
         let (mut receivers, state) = (std::mem::take(&mut self.receivers), self.state.clone());
         tokio::task::spawn_blocking(move || {
             receivers.join();

@@ -7,12 +7,13 @@ mod lanes;
 mod vm;
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferry_stream::lane::ControlLane;
 use ferry_stream::link::Connector;
-use ferry_stream::message::{Message, SessionId};
+use ferry_stream::message::{Features, Message, SessionId};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until, timeout};
@@ -30,6 +31,7 @@ use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
 use crate::lanes::encode::Encoder;
 use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders, chain};
+use crate::near::lender::Lender;
 use crate::pacer::Pacer;
 use crate::vmm::{DeviceState, Guest, Ram, Tracker, VmmError};
 use crate::worker::{Clock, Facts, Worker};
@@ -66,6 +68,7 @@ pub(crate) struct Parts {
     pub(crate) tracker: Box<dyn Tracker>,
     pub(crate) ram: Arc<dyn Ram>,
     pub(crate) connector: Arc<dyn Connector>,
+    pub(crate) lender: Option<Lender>,
     pub(crate) journal: Journal,
     pub(crate) pacer: Arc<Pacer>,
     pub(crate) compression: Compression,
@@ -90,6 +93,8 @@ pub(crate) struct Driver {
     progress: watch::Sender<Progress>,
     notices: mpsc::UnboundedSender<Notice>,
     connector: Arc<dyn Connector>,
+    /// Of a target that may be, or is, on this host.
+    lender: Option<Arc<Lender>>,
     control: Control,
     senders: Arc<Mutex<Senders>>,
     outfit: Outfit,
@@ -144,6 +149,7 @@ impl Driver {
             encoder: Arc::new(Encoder::new(parts.compression, clock)),
             counters: Arc::new(Counters::default()),
             fresh: Arc::default(),
+            shares: Arc::default(),
             facts: facts.clone(),
         };
         Ok(Self {
@@ -160,6 +166,7 @@ impl Driver {
             progress: parts.progress,
             notices: parts.notices,
             connector: parts.connector,
+            lender: parts.lender.map(Arc::new),
             control,
             senders: Arc::default(),
             outfit,
@@ -212,7 +219,7 @@ impl Driver {
                 let greeted = matches!(input, Input::Received(Message::Welcome(_)));
                 self.machine.handle(at, input);
                 if greeted {
-                    self.outfit.encoder.agree(self.machine.features());
+                    self.agree();
                 }
             }
             Event::Command(command) => {
@@ -225,6 +232,18 @@ impl Driver {
                 self.machine.handle(self.clock.now(), Input::Sent(totals));
             }
         }
+    }
+
+    /// Both sides know what they are able to do.
+    fn agree(&mut self) {
+        let features = self.machine.features();
+        self.outfit.encoder.agree(features);
+        let is_near = features.contains(Features::NEAR);
+        // Nobody else is let in any more.
+        self.lender
+            .take_if(|lender| !(is_near && lender.has_lent()));
+        let shares = self.lender.is_some();
+        self.outfit.shares.store(shares, Ordering::Release);
     }
 
     fn carry_out(&mut self, action: Action) {
@@ -293,6 +312,7 @@ impl Driver {
     async fn finish(mut self, outcome: Outcome) -> Finished {
         let report = Report {
             encoding: self.outfit.encoder.totals(),
+            shared_pages: self.outfit.counters.shared_pages(),
             ..self.machine.report(self.clock.now())
         };
         self.opening.shutdown().await;

@@ -16,7 +16,9 @@
 //! the source as it was. So report errors early and never swallow one.
 
 use std::error::Error as StdError;
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -85,6 +87,15 @@ impl VmmError {
     }
 }
 
+/// A region of guest RAM, as another process on the same host can read it.
+#[derive(Debug)]
+pub struct RamWindow {
+    /// The file that holds it, open for reading alone: it is given away.
+    pub file: File,
+    /// Which bytes of the file: as many as the region has.
+    pub bytes: Range<u64>,
+}
+
 /// Guest RAM.
 ///
 /// Called from many threads at once; ranges that run at the same time never overlap. A range outside
@@ -108,6 +119,12 @@ pub trait Ram: Send + Sync {
         found: &mut dyn FnMut(PageRange),
     ) -> Result<(), VmmError>;
 
+    /// Source: where an engine on the same host can read the regions, one window for each in the
+    /// layout's order. None when it cannot: pages travel as bytes then.
+    ///
+    /// Whoever reads there sees what [`Ram::read`] would copy at that moment.
+    fn windows(&self) -> Option<Vec<RamWindow>>;
+
     /// Target: makes every page of every region read as zero, whatever was there.
     ///
     /// Called once, before anything is written, while the guest cannot run.
@@ -127,6 +144,18 @@ pub trait Ram: Send + Sync {
         from: &mut dyn io::Read,
         seed: crc32fast::Hasher,
     ) -> Result<crc32fast::Hasher, VmmError>;
+
+    /// Target: copies `range` from `window`, a source's of the same region, as it is now.
+    ///
+    /// The source's guest may be writing there, and its engine may do anything to the file: one that
+    /// is too short by now is an error. On an error the range holds anything, as with
+    /// [`Ram::receive`].
+    fn fetch(
+        &self,
+        region: RegionIndex,
+        range: PageRange,
+        window: &RamWindow,
+    ) -> Result<(), VmmError>;
 
     /// Target: makes `range` read as zeros.
     fn zero(&self, region: RegionIndex, range: PageRange) -> Result<(), VmmError>;

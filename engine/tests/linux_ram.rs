@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use ferry_engine::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
 use ferry_engine::linux::{Access, Error, RamFile, RamPart, SharedRam};
-use ferry_engine::vmm::{Ram as _, VmmError};
+use ferry_engine::vmm::{Ram as _, RamWindow, VmmError};
 use linux_child::{HUGE_PAGE, Ram, Tracked};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -62,15 +62,18 @@ fn populated(ram: &SharedRam) -> Vec<PageRange> {
 enum Change {
     Write(PageRange, u8),
     Receive(PageRange, u8),
+    /// From a source that has zeros in every third page.
+    Fetch(PageRange, u8),
     Zero(PageRange),
 }
 
 fn change() -> impl Strategy<Value = Change> {
     let range = (0..PAGES, 1..200_u64)
         .prop_map(|(first, count)| PageRange::new(first, count.min(PAGES - first)));
-    (range, any::<u8>(), 0..3).prop_map(|(range, byte, kind)| match kind {
+    (range, any::<u8>(), 0..4).prop_map(|(range, byte, kind)| match kind {
         0 => Change::Write(range, byte),
         1 => Change::Receive(range, byte),
+        2 => Change::Fetch(range, byte),
         _ => Change::Zero(range),
     })
 }
@@ -83,6 +86,29 @@ fn bytes_of(range: PageRange, byte: u8) -> Vec<u8> {
         word.copy_from_slice(&number.to_le_bytes());
     }
     bytes
+}
+
+/// Where a source's region begins in its file.
+const SOURCE_START: u64 = 3 << 12;
+
+/// A source that holds something in `range`, but for every third page, and nothing elsewhere.
+fn source_of(range: PageRange, byte: u8) -> Ram {
+    let source = Ram::memfd(RAM_BYTES + SOURCE_START);
+    let bytes = bytes_of(range, byte);
+    for (page, bytes) in (range.first.0..).zip(bytes.chunks_exact(PAGE_SIZE)) {
+        if page % 3 != 0 {
+            let offset = SOURCE_START + page * PAGE_SIZE as u64;
+            source.file.write_all_at(bytes, offset).unwrap();
+        }
+    }
+    source
+}
+
+fn window(source: &Ram) -> RamWindow {
+    RamWindow {
+        file: source.file.try_clone().unwrap(),
+        bytes: SOURCE_START..SOURCE_START + RAM_BYTES,
+    }
 }
 
 fn apply(ram: &SharedRam, change: &Change, oracle: &mut [u8]) {
@@ -105,6 +131,16 @@ fn apply(ram: &SharedRam, change: &Change, oracle: &mut [u8]) {
             assert_eq!(hasher.finalize(), expected.finalize());
             assert_eq!(stream.rest(), tail);
             oracle[places(range)].copy_from_slice(&bytes);
+        }
+        Change::Fetch(range, byte) => {
+            let source = source_of(range, byte);
+            ram.fetch(REGION, range, &window(&source)).unwrap();
+            let mut expected = vec![0; places(range).len()];
+            source
+                .file
+                .read_exact_at(&mut expected, range.bytes().start + SOURCE_START)
+                .unwrap();
+            oracle[places(range)].copy_from_slice(&expected);
         }
         Change::Zero(range) => {
             ram.zero(REGION, range).unwrap();
@@ -260,6 +296,73 @@ fn refuses_what_is_outside() {
     assert!(SharedRam::new(vec![too_long], Access::Read).is_err());
     let odd = part(&backing, 0..100);
     assert!(SharedRam::new(vec![odd], Access::Read).is_err());
+}
+
+/// Where the source has zeros the target's holes stay holes, whatever the source has allocated.
+#[test]
+fn fetching_zeros_allocates_nothing() {
+    for (kind, backing) in kinds() {
+        let ram = target(&backing);
+        ram.blank().unwrap();
+        let source = Ram::memfd(RAM_BYTES + SOURCE_START);
+        let zeros = vec![0; usize::try_from(RAM_BYTES).unwrap()];
+        source.file.write_all_at(&zeros, SOURCE_START).unwrap();
+        let all = PageRange::new(0, PAGES);
+        ram.fetch(REGION, all, &window(&source)).unwrap();
+        assert_eq!(backing.allocated(), 0, "{kind}");
+        assert!(source.allocated() >= RAM_BYTES);
+    }
+}
+
+/// The peer may do to its file what it likes.
+#[test]
+fn a_source_that_is_cut_short_is_an_error() {
+    for (kind, backing) in kinds() {
+        let ram = target(&backing);
+        let half = PageRange::new(0, PAGES / 2);
+        ram.write(REGION, half, &bytes_of(half, 9)).unwrap();
+        ram.blank().unwrap();
+        let source = source_of(PageRange::new(0, PAGES), 1);
+        let window = window(&source);
+        source.file.set_len(SOURCE_START + (5 << 12)).unwrap();
+        for first in [3, PAGES - 9] {
+            let fetched = ram.fetch(REGION, PageRange::new(first, 8), &window);
+            match fetched {
+                Err(VmmError::Io { what, source }) => {
+                    assert_eq!(source.kind(), ErrorKind::UnexpectedEof, "{kind}");
+                    assert!(what.contains("\"ram0\""), "{what}");
+                }
+                other => panic!("{kind}: {other:?}"),
+            }
+        }
+        ram.fetch(REGION, PageRange::new(0, 5), &window).unwrap();
+        let smaller = RamWindow {
+            bytes: 0..PAGE_SIZE as u64,
+            ..window
+        };
+        let fetched = ram.fetch(REGION, PageRange::new(1, 1), &smaller);
+        assert!(matches!(fetched, Err(VmmError::Unfit { .. })), "{kind}");
+    }
+}
+
+/// Only what cannot be written is given away, each region where it lies.
+#[test]
+fn shares_what_is_open_for_reading_alone() {
+    let backing = Ram::tmpfs(RAM_BYTES, "size=64M");
+    let page = PAGE_SIZE as u64;
+    assert!(target(&backing).windows().is_none());
+    let opened = |bytes: Range<u64>, name: &str| RamPart {
+        name: name.into(),
+        file: RamFile::from_file(std::fs::File::open(backing.path()).unwrap()).unwrap(),
+        bytes,
+    };
+    let parts = vec![opened(page..3 * page, "b"), opened(5 * page..6 * page, "a")];
+    let ram = SharedRam::new(parts, Access::Read).unwrap();
+    let windows = ram.windows().unwrap();
+    let places: Vec<_> = windows.iter().map(|window| window.bytes.clone()).collect();
+    assert_eq!(places, [5 * page..6 * page, page..3 * page]);
+    let written = windows[0].file.write_all_at(&[1], 0);
+    assert!(written.is_err(), "it can be written");
 }
 
 #[test]

@@ -46,6 +46,10 @@ pub const MAX_DELTA_BYTES: usize = PAGE_BYTES / 2;
 /// Most pages in one zero record: it costs the wire nothing, but the receiver time.
 pub const MAX_ZERO_PAGES: u32 = 1 << 16;
 
+/// Most pages in one shared record: it costs the wire nothing, but the receiver a copy, after which the
+/// next byte of the lane is read.
+pub const MAX_SHARED_PAGES: u32 = 1 << 12;
+
 /// First page number past the largest region: every byte offset below it fits 64 bits.
 pub const PAGE_NUMBER_END: u64 = 1 << 52;
 

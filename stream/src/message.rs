@@ -138,6 +138,9 @@ impl Features {
     /// Pages told by how they differ from what was sent before.
     pub const DELTA: Self = Self(1 << 2);
 
+    /// Pages taken by the target from the source's own RAM files, within one host.
+    pub const NEAR: Self = Self(1 << 3);
+
     /// What either has.
     #[must_use]
     pub const fn union(self, other: Self) -> Self {
@@ -148,6 +151,12 @@ impl Features {
     #[must_use]
     pub fn intersection(self, other: Self) -> Self {
         Self(self.0 & other.0)
+    }
+
+    /// What this set has and `other` has not.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
     }
 
     /// True when every feature of `other` is in this set.

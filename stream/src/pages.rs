@@ -21,8 +21,8 @@ use std::ops::RangeInclusive;
 use crate::error::Error;
 use crate::frame::{Header, Kind, array};
 use crate::limits::{
-    MAX_DELTA_BYTES, MAX_PAGE_DATA, MAX_RAW_PAGES, MAX_RECORDS, MAX_ZERO_PAGES, PAGE_BYTES,
-    PAGE_NUMBER_END,
+    MAX_DELTA_BYTES, MAX_PAGE_DATA, MAX_RAW_PAGES, MAX_RECORDS, MAX_SHARED_PAGES, MAX_ZERO_PAGES,
+    PAGE_BYTES, PAGE_NUMBER_END,
 };
 use crate::message::Round;
 
@@ -50,6 +50,10 @@ pub enum Encoding {
         /// Length of the delta in bytes.
         bytes: u32,
     },
+    /// Not at all: the receiver takes them from where the sender has them, as they are then. Only
+    /// within one host, once both have agreed on
+    /// [`Features::NEAR`](crate::message::Features::NEAR).
+    Shared,
 }
 
 impl Encoding {
@@ -58,6 +62,7 @@ impl Encoding {
             Self::Zero => 0,
             Self::Raw => 1,
             Self::Delta { .. } => 2,
+            Self::Shared => 3,
         }
     }
 
@@ -66,6 +71,7 @@ impl Encoding {
             0 => Ok(Self::Zero),
             1 => Ok(Self::Raw),
             2 => Ok(Self::Delta { bytes: data_bytes }),
+            3 => Ok(Self::Shared),
             found => Err(Error::UnknownEncoding { found }),
         }
     }
@@ -75,6 +81,7 @@ impl Encoding {
             Self::Zero => MAX_ZERO_PAGES,
             Self::Raw => MAX_RAW_PAGES,
             Self::Delta { .. } => 1,
+            Self::Shared => MAX_SHARED_PAGES,
         }
     }
 }
@@ -104,7 +111,7 @@ impl Record {
     /// Length in bytes of its data, unpacked.
     pub fn data_bytes(&self) -> u64 {
         match self.encoding {
-            Encoding::Zero => 0,
+            Encoding::Zero | Encoding::Shared => 0,
             Encoding::Raw => u64::from(self.run.count) * PAGE_BYTES as u64,
             Encoding::Delta { bytes } => bytes.into(),
         }

@@ -236,10 +236,15 @@ fn variants() -> Vec<(&'static str, Vec<u8>)> {
         page[16] = 0xa5;
         assert!(frame.tell_as_delta(&[0x5a; PAGE_BYTES], &mut DeltaBuffer::new()));
     });
+    let shared = written(&|frame| {
+        frame.push_shared(raw()).unwrap();
+        frame.push_raw(one()).unwrap().fill(0x5a);
+    });
     vec![
         ("pages-lz4", packed(Effort::Lz4)),
         ("pages-zstd", packed(Effort::Zstd(1))),
         ("pages-delta", delta),
+        ("pages-shared", shared),
     ]
 }
 
@@ -253,7 +258,12 @@ fn packed_frames_and_deltas_have_the_documented_bytes() {
     let golden = golden();
     for (name, wire) in variants() {
         let shown = &golden[name];
-        if name == "pages-delta" {
+        let pages = match name {
+            "pages-delta" => 1,
+            "pages-shared" => 3,
+            _ => 2,
+        };
+        if ["pages-delta", "pages-shared"].contains(&name) {
             assert_eq!(wire, *shown);
         }
         let mut data = Vec::new();
@@ -265,11 +275,12 @@ fn packed_frames_and_deltas_have_the_documented_bytes() {
             };
             let mut came = Vec::new();
             let placed = body.place(|_, data, mut hasher| {
+                let start = came.len();
                 data.read_to_end(&mut came)?;
-                hasher.update(&came);
+                hasher.update(&came[start..]);
                 Ok::<_, ferry_stream::Error>(hasher)
             });
-            placed.unwrap();
+            assert_eq!(placed.unwrap().pages, pages);
             data.push(came);
         }
         assert_eq!(data[0], data[1], "{name} is read otherwise");
@@ -278,7 +289,8 @@ fn packed_frames_and_deltas_have_the_documented_bytes() {
             let applied = delta::apply(&data[1], &mut page).unwrap();
             assert_eq!((applied, page[16]), (Applied::Done, 0xa5));
         } else {
-            assert_eq!(data[1], [0x5a; 2 * PAGE_BYTES]);
+            let told = if name == "pages-shared" { 1 } else { 2 };
+            assert_eq!(data[1], vec![0x5a; told * PAGE_BYTES]);
         }
     }
 }

@@ -5,8 +5,8 @@ use ferry_stream::Error;
 use ferry_stream::frame::{Decoder, Generation, HEADER_BYTES, Header, Kind, Position};
 use ferry_stream::lane::{Incoming, PageLaneReader};
 use ferry_stream::limits::{
-    MAX_LANES, MAX_NAME, MAX_RAW_PAGES, MAX_RECORDS, MAX_REGIONS, MAX_STATE_BYTES, MAX_ZERO_PAGES,
-    PAGE_BYTES, PAGE_NUMBER_END,
+    MAX_LANES, MAX_NAME, MAX_RAW_PAGES, MAX_RECORDS, MAX_REGIONS, MAX_SHARED_PAGES,
+    MAX_STATE_BYTES, MAX_ZERO_PAGES, PAGE_BYTES, PAGE_NUMBER_END,
 };
 use ferry_stream::message::{
     AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
@@ -367,7 +367,8 @@ fn page_tables() {
         receive_records(&[record], 4096)
     };
     assert_error!(with(|r| r.encoding = 2) => BadField { field: "the length of a delta", .. });
-    assert_error!(with(|r| r.encoding = 3) => UnknownEncoding { found: 3 });
+    assert_error!(with(|r| r.encoding = 3) => WrongDataLength { needed: 0, found: 4096 });
+    assert_error!(with(|r| r.encoding = 4) => UnknownEncoding { found: 4 });
     assert_error!(with(|r| r.reserved = 1) => BadReserved { found: 1, .. });
     assert_error!(with(|r| r.reserved_end = 1) => BadReserved { found: 1, .. });
     let delta = |count, data_bytes| {
@@ -394,6 +395,17 @@ fn page_tables() {
         ..ZEROS
     };
     assert_error!(receive_records(&[many_zeros], 0) => BadField { found: 65_537, .. });
+    let shared = |count| {
+        let record = Raw {
+            encoding: 3,
+            count,
+            ..ZEROS
+        };
+        receive_records(&[ONE_PAGE, record], 4096)
+    };
+    shared(MAX_SHARED_PAGES).unwrap();
+    assert_error!(shared(0) => BadField { found: 0, .. });
+    assert_error!(shared(MAX_SHARED_PAGES + 1) => BadField { found: 4097, .. });
     let zero_data = Raw {
         data_bytes: 4096,
         ..ZEROS
@@ -525,6 +537,7 @@ fn full_frames_take_no_more() {
     assert_error!(frame.push_raw(run(3)) => FrameFull { count: 3 });
     frame.push_raw(run(2)).unwrap();
     assert_eq!(frame.raw_room(), 0);
+    assert_error!(frame.push_shared(run(MAX_SHARED_PAGES + 1)) => BadField { .. });
     assert_error!(frame.push_zero(run(0)) => BadField { .. });
     assert_error!(frame.push_zero(run(frame.zero_room() + 1)) => BadField { .. });
     for _ in 1..MAX_RECORDS {
@@ -532,6 +545,7 @@ fn full_frames_take_no_more() {
     }
     assert_eq!(frame.zero_room(), 0);
     assert_error!(frame.push_zero(run(1)) => FrameFull { count: 1 });
+    assert_error!(frame.push_shared(run(1)) => FrameFull { count: 1 });
     frame.begin(Round(1));
     assert_eq!(frame.raw_room(), 2);
 }

@@ -11,7 +11,7 @@ use ferry_stream::message::{
     AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
     Round, Run, SessionId, Verdict, Versions, Welcome,
 };
-use ferry_stream::pages::{Effort, Packer, PageFrame, PageRun, Record, Zeros};
+use ferry_stream::pages::{Effort, Encoding, Packer, PageFrame, PageRun, Record, Zeros};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
@@ -296,10 +296,14 @@ const RECORD_BYTES: usize = 24;
 /// Pages in the region that the tests move.
 const PAGES: u32 = 32;
 
+/// What is in every page of the sender's memory that the receiver looks at.
+const FOUND: u8 = 0x77;
+
 /// What becomes of one run of pages.
 #[derive(Clone, Debug)]
 enum Step {
     Zero(PageRun),
+    Shared(PageRun),
     /// The bytes that each page is filled with, and whether zeros are looked for.
     Raw(PageRun, Vec<u8>, Option<Zeros>),
 }
@@ -313,14 +317,12 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         })
     });
     let zeros = select(vec![None, Some(Zeros::Tell), Some(Zeros::Skip)]);
-    let step = (run, any::<bool>(), vec(0..3_u8, PAGES as usize), zeros);
+    let step = (run, 0..4_u8, vec(0..3_u8, PAGES as usize), zeros);
     vec(
-        step.prop_map(|(run, is_zero, fill, zeros)| {
-            if is_zero {
-                Step::Zero(run)
-            } else {
-                Step::Raw(run, fill, zeros)
-            }
+        step.prop_map(|(run, kind, fill, zeros)| match kind {
+            0 => Step::Zero(run),
+            1 => Step::Shared(run),
+            _ => Step::Raw(run, fill, zeros),
         }),
         1..8,
     )
@@ -341,6 +343,10 @@ fn send(steps: &[Step], effort: Option<Effort>) -> (Vec<u8>, Vec<u8>) {
             Step::Zero(run) => {
                 frame.push_zero(*run).unwrap();
                 ram[bytes_of(run)].fill(0);
+            }
+            Step::Shared(run) => {
+                frame.push_shared(*run).unwrap();
+                ram[bytes_of(run)].fill(FOUND);
             }
             Step::Raw(run, fill, zeros) => {
                 if frame.raw_room() < run.count {
@@ -409,12 +415,14 @@ fn receive(from: &mut impl Read, ram: &mut [u8]) -> (Vec<PageRun>, Result<u64, E
                 let placed = body.place(|record, data, mut hasher| {
                     touched.push(record.run);
                     let into = &mut ram[bytes_of(&record.run)];
-                    if record.data_bytes() == 0 {
-                        into.fill(0);
-                        return Ok(hasher);
+                    match record.encoding {
+                        Encoding::Zero => into.fill(0),
+                        Encoding::Shared => into.fill(FOUND),
+                        _ => {
+                            data.read_exact(into)?;
+                            hasher.update(into);
+                        }
                     }
-                    data.read_exact(into)?;
-                    hasher.update(into);
                     Ok::<_, Error>(hasher)
                 });
                 if let Err(error) = placed {
@@ -575,7 +583,7 @@ fn payload(round: u32, packing: u8, table: &[u8], data: &[u8]) -> Vec<u8> {
 
 /// A record as it travels, more often right than wrong, and the bytes of data that go with it.
 fn record() -> impl Strategy<Value = ([u8; RECORD_BYTES], usize)> {
-    let encoding = prop_oneof![9 => 0..2_u8, 1 => any::<u8>()];
+    let encoding = prop_oneof![9 => select(vec![0, 1, 3_u8]), 1 => any::<u8>()];
     let count = prop_oneof![9 => 1..4_u32, 1 => 0..2_u32, 1 => any::<u32>()];
     let last = PAGE_NUMBER_END - 3..=PAGE_NUMBER_END;
     let first = prop_oneof![9 => 0..100_u64, 1 => last, 1 => any::<u64>()];

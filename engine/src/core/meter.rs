@@ -66,6 +66,9 @@ pub struct Report {
     pub fresh_pages: u64,
     /// Every round.
     pub rounds: Vec<RoundReport>,
+    /// Pages that the target took from the source's own RAM, on the same host; zero pages are among
+    /// them, and nowhere else: who does not read pages does not find them.
+    pub shared_pages: u64,
     /// How the bytes of pages were packed.
     pub encoding: EncodingTotals,
     /// The most page lanes that stood at one time.
@@ -75,10 +78,16 @@ pub struct Report {
 }
 
 impl Report {
-    /// Bytes a second over all rounds, as they lasted.
+    /// Bytes a second over all rounds, as they lasted: those on the wire, and those of shared pages.
     pub fn throughput_bytes_per_s(&self) -> u64 {
         let took: Duration = self.rounds.iter().map(|round| round.took).sum();
-        per_second(self.rounds.iter().map(|round| round.bytes).sum(), took).unwrap_or(0)
+        let bytes: u64 = self.rounds.iter().map(|round| round.bytes).sum();
+        per_second(bytes + self.shared_bytes(), took).unwrap_or(0)
+    }
+
+    /// Bytes of the pages that the target took from the source's own RAM.
+    pub fn shared_bytes(&self) -> u64 {
+        self.shared_pages * PAGE_SIZE as u64
     }
 
     /// What the guest wrote, at the last measurement, in bytes a second.
@@ -329,6 +338,7 @@ impl Meter {
             held_pages: self.held_pages,
             fresh_pages: self.totals.fresh_pages,
             rounds: self.rounds.clone(),
+            shared_pages: 0,
             encoding: EncodingTotals::default(),
             lanes: 0,
             lanes_lost: 0,

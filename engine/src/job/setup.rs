@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ferry_stream::limits::MAX_LANES;
 use ferry_stream::link::{Acceptor, Connector};
-use ferry_stream::message::{Mode, SessionId};
+use ferry_stream::message::{Features, Mode, SessionId};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
@@ -20,6 +20,8 @@ use crate::core::message::{Input, Notice, Record};
 use crate::core::source::{LanePlan, Source, SourceConfig, SourceLimits};
 use crate::core::target::{Target, TargetConfig, TargetLimits};
 use crate::journal::{Entry, Journal, JournalError};
+use crate::near::WithinHost;
+use crate::near::lender::Lender;
 use crate::pacer::{Bandwidth, Pacer};
 use crate::send::{Flush, GREETING_LIMIT, VmSide};
 use crate::vmm::{Inventory, Ram, RunState, Vm, VmmError};
@@ -90,6 +92,7 @@ pub struct SourceBuilder {
     converge: Box<dyn Converge>,
     bandwidth: Bandwidth,
     compression: Compression,
+    within_host: WithinHost,
     retire: Retire,
     silence: Silence,
 }
@@ -135,6 +138,7 @@ impl Migration {
             converge: Box::new(DowntimeLimit::default()),
             bandwidth: Bandwidth::Unlimited,
             compression: Compression::default(),
+            within_host: WithinHost::default(),
             retire: Retire::Quit,
             silence: Silence::default(),
         }
@@ -207,6 +211,13 @@ impl SourceBuilder {
         self
     }
 
+    /// What becomes of pages when the target is on this host; default [`WithinHost::Auto`].
+    #[must_use]
+    pub fn with_within_host(mut self, within_host: WithinHost) -> Self {
+        self.within_host = within_host;
+        self
+    }
+
     /// A convergence rule in place of [`DowntimeLimit`].
     #[must_use]
     pub fn with_converge(mut self, rule: Box<dyn Converge>) -> Self {
@@ -274,6 +285,10 @@ impl SourceBuilder {
             }
         };
         let session = config.session;
+        let lender = Lender::open(self.within_host, &*vm.ram, session);
+        if lender.is_some() {
+            config.features = config.features.union(Features::NEAR);
+        }
         let (commands, orders) = mpsc::unbounded_channel();
         let (notices, told) = mpsc::unbounded_channel();
         let wanted = wanted(journal.last(), first.state);
@@ -295,6 +310,7 @@ impl SourceBuilder {
             tracker: vm.tracker,
             ram: vm.ram,
             connector,
+            lender,
             journal,
             pacer: Arc::clone(&pacer),
             compression: self.compression,

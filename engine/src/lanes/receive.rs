@@ -15,8 +15,16 @@ use super::{PanicWatch, is_death};
 use crate::core::layout::{PageRange, RegionIndex};
 use crate::core::message::{Failure, Input, LaneSeen, Step};
 use crate::core::outcome::in_full;
-use crate::vmm::{Ram, VmmError};
+use crate::vmm::{Ram, RamWindow, VmmError};
 use crate::worker::Facts;
+
+/// Where pages go, and where those come from that are told without bytes.
+#[derive(Clone)]
+pub(crate) struct Place {
+    pub(crate) ram: Arc<dyn Ram>,
+    /// The RAM of a source on this host, once both sides have agreed on that.
+    pub(crate) windows: Option<Arc<[RamWindow]>>,
+}
 
 /// The receiving lanes of a migration.
 #[derive(Default)]
@@ -48,7 +56,7 @@ impl Receivers {
         &mut self,
         id: LaneId,
         lane: Box<dyn Lane>,
-        ram: &Arc<dyn Ram>,
+        place: Place,
         facts: &Facts,
     ) -> io::Result<()> {
         let closer = lane.closer()?;
@@ -60,7 +68,7 @@ impl Receivers {
                 seen: Arc::clone(&seen),
             },
             reader: PageLaneReader::new(id),
-            ram: Arc::clone(ram),
+            place,
             facts: facts.clone(),
             over: Arc::clone(&over),
         };
@@ -133,6 +141,11 @@ enum PlaceError {
         region: RegionIndex,
         range: PageRange,
     },
+    #[error("{range} of {region} were told without bytes, and no RAM is shared")]
+    NotShared {
+        region: RegionIndex,
+        range: PageRange,
+    },
 }
 
 /// What went wrong on which lane.
@@ -148,7 +161,7 @@ struct Receiver {
     id: LaneId,
     lane: Counted,
     reader: PageLaneReader,
-    ram: Arc<dyn Ram>,
+    place: Place,
     facts: Facts,
     over: Arc<AtomicBool>,
 }
@@ -179,8 +192,8 @@ impl Receiver {
     fn next(&mut self) -> Result<Option<Input>, PlaceError> {
         let (round, pages) = match self.reader.next(&mut self.lane)? {
             Incoming::Pages(body) => {
-                let ram = &*self.ram;
-                body.place(|record, data, hasher| place(ram, record, data, hasher))?;
+                let place = &self.place;
+                body.place(|record, data, hasher| place.put(record, data, hasher))?;
                 return Ok(None);
             }
             Incoming::RoundEnd { round, pages } => (round, pages),
@@ -207,7 +220,7 @@ impl Receiver {
             // Each as it is, so that the peer can be told by a code what went wrong.
             PlaceError::Wire(error) => error.into(),
             PlaceError::Vmm(error) => error.into(),
-            error @ PlaceError::OutsideRam { .. } => error.into(),
+            error @ (PlaceError::OutsideRam { .. } | PlaceError::NotShared { .. }) => error.into(),
         };
         let failure = Failure::new(Step::Pages, OnLane { lane, source });
         self.facts.tell(Input::Failed(failure));
@@ -229,23 +242,30 @@ impl Read for Counted {
     }
 }
 
-fn place(
-    ram: &dyn Ram,
-    record: &Record,
-    data: &mut dyn io::Read,
-    hasher: Hasher,
-) -> Result<Hasher, PlaceError> {
-    let region = RegionIndex(record.run.region);
-    let range = PageRange::new(record.run.first, u64::from(record.run.count));
-    if !ram.layout().contains(region, range) {
-        return Err(PlaceError::OutsideRam { region, range });
-    }
-    match record.encoding {
-        Encoding::Raw => Ok(ram.receive(region, range, data, hasher)?),
-        Encoding::Zero => {
-            ram.zero(region, range)?;
-            Ok(hasher)
+impl Place {
+    /// Puts the pages of one record into guest RAM.
+    fn put(
+        &self,
+        record: &Record,
+        data: &mut dyn io::Read,
+        hasher: Hasher,
+    ) -> Result<Hasher, PlaceError> {
+        let region = RegionIndex(record.run.region);
+        let range = PageRange::new(record.run.first, u64::from(record.run.count));
+        if !self.ram.layout().contains(region, range) {
+            return Err(PlaceError::OutsideRam { region, range });
         }
-        _ => Err(ferry_stream::Error::UnknownEncoding { found: u8::MAX }.into()),
+        match record.encoding {
+            Encoding::Raw => return Ok(self.ram.receive(region, range, data, hasher)?),
+            Encoding::Zero => self.ram.zero(region, range)?,
+            Encoding::Shared => {
+                let windows = self.windows.as_deref().unwrap_or_default();
+                let window = windows.get(usize::from(region.0));
+                let window = window.ok_or(PlaceError::NotShared { region, range })?;
+                self.ram.fetch(region, range, window)?;
+            }
+            _ => return Err(ferry_stream::Error::UnknownEncoding { found: u8::MAX }.into()),
+        }
+        Ok(hasher)
     }
 }

@@ -37,6 +37,7 @@ pub(crate) struct Counters {
     pages: AtomicU64,
     zero_pages: AtomicU64,
     skipped_pages: AtomicU64,
+    shared_pages: AtomicU64,
     pub(super) fresh_pages: AtomicU64,
     pub(super) bytes: AtomicU64,
     pub(super) waited_ns: AtomicU64,
@@ -51,6 +52,8 @@ pub(super) struct Dealt {
     pub(super) zero: u64,
     /// Zero, and not told.
     pub(super) skipped: u64,
+    /// Told without bytes: the target takes them from here.
+    pub(super) shared: u64,
 }
 
 impl Counters {
@@ -61,7 +64,13 @@ impl Counters {
             .fetch_add(dealt.skipped, Ordering::AcqRel);
         self.pages.fetch_add(dealt.pages, Ordering::AcqRel);
         self.zero_pages.fetch_add(dealt.zero, Ordering::AcqRel);
+        self.shared_pages.fetch_add(dealt.shared, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::AcqRel);
+    }
+
+    /// Pages that the target was told to take from the source's RAM.
+    pub(crate) fn shared_pages(&self) -> u64 {
+        self.shared_pages.load(Ordering::Relaxed)
     }
 
     pub(crate) fn totals(&self) -> LaneTotals {
@@ -86,6 +95,8 @@ pub(crate) struct Outfit {
     pub(crate) counters: Arc<Counters>,
     /// Set when tracking has begun.
     pub(crate) fresh: Arc<OnceLock<Arc<dyn Fresh>>>,
+    /// Whether the target takes pages from the source's RAM. Said before the first lane stands.
+    pub(crate) shares: Arc<AtomicBool>,
     pub(crate) facts: Facts,
 }
 

@@ -15,6 +15,7 @@ use super::fresh::Looks;
 use super::log::Log;
 use super::send::{CHUNK_PAGES, CHUNK_RUNS, Dealt, Outfit, Queue, Run};
 use super::{PanicWatch, is_death};
+use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{Failure, Input, Pace, Rewritten, Step, ZeroPages};
 use crate::core::outcome::in_full;
 use crate::vmm::VmmError;
@@ -113,7 +114,7 @@ impl Sender {
             self.encode(queue.round);
             self.log.tell(dealt.pages);
             if queue.pace == Pace::Limited {
-                self.pay();
+                self.pay(dealt);
             }
             self.go_on()?;
             let bytes = self.writer.send(&mut *self.lane, &mut self.frame)?;
@@ -133,6 +134,9 @@ impl Sender {
     }
 
     fn encode(&mut self, round: Round) {
+        if self.frame.data().is_empty() {
+            return;
+        }
         let lane = OnLane {
             index: usize::from(self.id.index.0),
             round,
@@ -142,8 +146,11 @@ impl Sender {
         self.outfit.encoder.encode(&mut self.frame, lane);
     }
 
-    fn pay(&self) {
-        let waited = self.outfit.pacer.pay(self.frame.wire_bytes(), &self.cut);
+    /// Pays for what leaves, and for shared pages as if they did: whoever asks for a limit wants the
+    /// host to have rest, and the frame that tells of them is next to nothing.
+    fn pay(&self, dealt: Dealt) {
+        let bytes = self.frame.wire_bytes() + dealt.shared * PAGE_SIZE as u64;
+        let waited = self.outfit.pacer.pay(bytes, &self.cut);
         if !waited.is_zero() {
             let nanos = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
             let counters = &self.outfit.counters;
@@ -161,24 +168,39 @@ impl Sender {
         Ok(())
     }
 
-    /// Copies the runs from guest RAM into the frame, without their zero pages.
+    /// Tells the runs by a frame.
     fn fill(&mut self, queue: &Queue, runs: &[Run]) -> Result<Dealt, Broken> {
         self.frame.begin(queue.round);
+        if self.outfit.shares.load(Ordering::Acquire) {
+            self.fill_shared(runs)
+        } else {
+            self.fill_copied(queue, runs)
+        }
+    }
+
+    /// The target takes the runs from here, and finds the zero pages among them.
+    fn fill_shared(&mut self, runs: &[Run]) -> Result<Dealt, Broken> {
+        for &run in runs {
+            self.frame.push_shared(page_run(run))?;
+        }
+        let pages = self.frame.pages();
+        Ok(Dealt {
+            pages,
+            shared: pages,
+            ..Dealt::default()
+        })
+    }
+
+    /// Copies the runs from guest RAM into the frame, without their zero pages.
+    fn fill_copied(&mut self, queue: &Queue, runs: &[Run]) -> Result<Dealt, Broken> {
         let mut dealt = Dealt::default();
         let zeros = match queue.zeros {
             ZeroPages::Tell => Zeros::Tell,
             ZeroPages::Skip => Zeros::Skip,
         };
-        for &Run { region, range } in runs {
-            let count = u32::try_from(range.count).expect("a chunk has at most CHUNK_PAGES pages");
-            let run = PageRun {
-                region: region.0,
-                first: range.first.0,
-                count,
-            };
-            self.outfit
-                .ram
-                .read(region, range, self.frame.push_raw(run)?)?;
+        for &run in runs {
+            let into = self.frame.push_raw(page_run(run))?;
+            self.outfit.ram.read(run.region, run.range, into)?;
             dealt.zero += self.frame.elide_zeros(zeros);
         }
         if zeros == Zeros::Skip {
@@ -186,5 +208,13 @@ impl Sender {
         }
         dealt.pages = self.frame.pages();
         Ok(dealt)
+    }
+}
+
+fn page_run(Run { region, range }: Run) -> PageRun {
+    PageRun {
+        region: region.0,
+        first: range.first.0,
+        count: u32::try_from(range.count).expect("a chunk has at most CHUNK_PAGES pages"),
     }
 }

@@ -3,10 +3,13 @@
 //!
 //! The memory is shared with another process, which may write it at any time. A Rust reference to it,
 //! `&[u8]` as much as `&mut [u8]`, would promise the compiler that this does not happen. So none is
-//! made, but by [`GuestMapping::receive`] and [`GuestMapping::clear`], before the guest runs there.
+//! made, but by [`GuestMapping::receive`], [`GuestMapping::fetch`] and [`GuestMapping::clear`], before
+//! the guest runs there.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use nix::errno::Errno;
@@ -95,6 +98,15 @@ impl GuestMapping {
         Ok(())
     }
 
+    /// Fills bytes with what `from` has at `offset`, in one copy.
+    ///
+    /// The pages must be [present](Self::make_present), and no guest may run in them yet.
+    pub fn fetch(&self, bytes: Range<u64>, from: &File, offset: u64) -> io::Result<()> {
+        // SAFETY: as in `receive`.
+        let memory = unsafe { self.exclusive(bytes) }?;
+        from.read_exact_at(memory, offset)
+    }
+
     /// Makes pages zero, and writes only those that are not.
     ///
     /// The pages must be [present](Self::make_present), and no guest may run in them yet.
@@ -155,8 +167,6 @@ impl GuestMapping {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt as _;
-
     use super::*;
 
     const PAGES: usize = 512;

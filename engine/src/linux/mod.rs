@@ -12,6 +12,7 @@
 //! | [`maps`] | its mappings, parsed |
 //! | [`ram_file`], [`mapping`] | the file behind its guest RAM, opened through its own descriptors |
 //! | [`tracker`], [`shared_ram`] | the two put together as [`Tracker`](crate::vmm::Tracker) and [`Ram`](crate::vmm::Ram) |
+//! | [`passing`] | descriptors that go from process to process |
 //! | [`socket`] | how much of what was written to a socket is still queued |
 //! | [`preflight`] | whether any of it will work, and what to do if not |
 
@@ -20,6 +21,7 @@ pub mod inject;
 pub mod mapping;
 pub mod maps;
 pub mod pagemap;
+pub mod passing;
 pub mod pidfd;
 pub mod preflight;
 pub mod ram_file;

@@ -27,7 +27,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt as _};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{FileStat, fstat, major, minor};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, Statfs, TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
@@ -123,6 +123,17 @@ impl RamFile {
     /// True when the file lies on tmpfs, or is shared memory without a name.
     pub fn is_tmpfs(&self) -> bool {
         self.is_tmpfs
+    }
+
+    /// The file, to be given to another process; none when that could write it, or no descriptor is
+    /// left.
+    pub fn reader(&self) -> Option<File> {
+        let flags = fcntl(&self.file, FcntlArg::F_GETFL).ok()?;
+        let access = OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE;
+        if access != OFlag::O_RDONLY {
+            return None;
+        }
+        self.file.try_clone().ok()
     }
 
     /// Reads exactly `into` from `offset`. Holes read as zeros and stay holes.

@@ -3,13 +3,14 @@
 use std::cell::RefCell;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::sync::OnceLock;
 use std::thread;
 
 use super::mapping::GuestMapping;
 use super::{Access, RamFile};
 use crate::core::layout::{Layout, LayoutError, PAGE_SIZE, PageRange, Region, RegionIndex};
-use crate::vmm::{Ram, VmmError};
+use crate::vmm::{Ram, RamWindow, VmmError};
 
 /// Bytes that move at once between a stream and guest RAM: small enough to stay in a core's cache
 /// between the two copies, large enough that a system call for each does not count.
@@ -169,6 +170,16 @@ impl Ram for SharedRam {
         outcome.map_err(|error| backing.failure("looking for the data of", error))
     }
 
+    fn windows(&self) -> Option<Vec<RamWindow>> {
+        let windows = self.backings.iter().map(|backing| {
+            Some(RamWindow {
+                file: backing.file.reader()?,
+                bytes: backing.bytes.clone(),
+            })
+        });
+        windows.collect()
+    }
+
     fn blank(&self) -> Result<(), VmmError> {
         for backing in &self.backings {
             let outcome = backing.blank_all();
@@ -209,6 +220,29 @@ impl Ram for SharedRam {
             Err(ReceiveError::Stream(error)) => Err(VmmError::io("reading pages", error)),
             Err(ReceiveError::Ram(error)) => Err(backing.failure("writing", error)),
         }
+    }
+
+    fn fetch(
+        &self,
+        region: RegionIndex,
+        range: PageRange,
+        window: &RamWindow,
+    ) -> Result<(), VmmError> {
+        let (backing, bytes) = self.place(region, range, None)?;
+        let within = range.bytes();
+        let theirs = window.bytes.end.checked_sub(window.bytes.start);
+        if theirs.is_none_or(|length| length < within.end) {
+            return Err(VmmError::Unfit {
+                what: format!("{range} of {region} lie outside what the source shares"),
+            });
+        }
+        let from = window.bytes.start + within.start;
+        if let Some(mapping) = backing.present_at(&bytes) {
+            let outcome = mapping.fetch(within, &window.file, from);
+            return outcome.map_err(|error| backing.failure("fetching", error));
+        }
+        let outcome = backing.fetch(bytes, window, from);
+        outcome.map_err(|error| backing.failure("fetching", error))
     }
 
     fn zero(&self, region: RegionIndex, range: PageRange) -> Result<(), VmmError> {
@@ -307,6 +341,28 @@ impl Backing {
         })
     }
 
+    /// Makes bytes of the file what `window` has at `from`. Where that is zero nothing is allocated.
+    fn fetch(&self, bytes: Range<u64>, window: &RamWindow, from: u64) -> io::Result<()> {
+        // Cleared once the chunk's buffer is free again: clearing takes one as well.
+        let mut zeros: Vec<Range<u64>> = Vec::new();
+        in_chunks(bytes.clone(), |offset, chunk| {
+            let theirs = from + (offset - bytes.start);
+            window.file.read_exact_at(chunk, theirs)?;
+            let (mut at, mut rest) = (offset, &*chunk);
+            while let Some((run, is_zero)) = alike(rest) {
+                let end = at + run.len() as u64;
+                match zeros.last_mut().filter(|last| last.end == at) {
+                    _ if !is_zero => self.write(at, run)?,
+                    Some(last) => last.end = end,
+                    None => zeros.push(at..end),
+                }
+                (at, rest) = (end, &rest[run.len()..]);
+            }
+            Ok::<_, io::Error>(())
+        })?;
+        zeros.into_iter().try_for_each(|zeros| self.blank(zeros))
+    }
+
     fn failure(&self, what: &str, error: io::Error) -> VmmError {
         let name = &self.name;
         match error.kind() {
@@ -317,6 +373,17 @@ impl Backing {
             _ => VmmError::io(format!("{what} RAM region {name:?} failed"), error),
         }
     }
+}
+
+/// The first pages of `bytes` that are all zero, or of which none is, and which; none of no bytes.
+fn alike(bytes: &[u8]) -> Option<(&[u8], bool)> {
+    let mut pages = bytes
+        .chunks(PAGE_SIZE)
+        .map(|page| *page == ZEROS[..page.len()]);
+    let is_zero = pages.next()?;
+    let more = pages.take_while(|other| *other == is_zero).count();
+    let length = bytes.len().min((1 + more) * PAGE_SIZE);
+    Some((&bytes[..length], is_zero))
 }
 
 fn check_part(part: &RamPart) -> Result<(), RamError> {

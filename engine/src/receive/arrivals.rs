@@ -1,5 +1,7 @@
 //! The connections that come to a target at work: the source's lanes, and whoever asks.
 
+use std::sync::Arc;
+
 use ferry_stream::lane::ControlLane;
 use ferry_stream::message::{
     AbortCode, Features, LaneId, Message, Purpose, Verdict, Versions, Welcome,
@@ -37,7 +39,16 @@ impl Driver {
 
     /// This is the migration that is served.
     fn adopt(&mut self, arrival: Arrival) {
-        let Arrival { lane, hello, peer } = arrival;
+        let Arrival {
+            lane,
+            hello,
+            peer,
+            borrowed,
+        } = arrival;
+        if let Some(borrowed) = borrowed {
+            self.place.windows = Some(Arc::clone(&borrowed.windows));
+            self.talks.spawn(borrowed.lanes(self.passed.clone()));
+        }
         let session = hello.session;
         let inbox = Some(self.state.clone());
         let control = Control::start(lane.reader, lane.writer, inbox, self.silence, &self.facts);
@@ -71,7 +82,8 @@ impl Driver {
         let lanes = self.machine.lanes();
         lane.writer.send(&Message::Welcome(welcome(lanes))).await?;
         let lane = lane.into_inner()?.into_lane()?;
-        self.receivers.start(id, lane, &self.ram, &self.facts)?;
+        let place = self.place.clone();
+        self.receivers.start(id, lane, place, &self.facts)?;
         Ok(())
     }
 

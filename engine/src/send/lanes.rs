@@ -14,9 +14,11 @@ use crate::dial::open_lane;
 impl Driver {
     pub(super) fn open_lane(&mut self, id: LaneId) {
         let (connector, session) = (Arc::clone(&self.connector), self.session);
+        let lender = self.lender.clone();
         let (outfit, senders) = (self.outfit.clone(), Arc::clone(&self.senders));
         self.opening.spawn(async move {
-            let opened = timeout(GREETING_LIMIT, open_lane(&*connector, session, id)).await;
+            let opening = open_lane(&*connector, lender.as_deref(), session, id);
+            let opened = timeout(GREETING_LIMIT, opening).await;
             let added = match opened {
                 Ok(Ok(lane)) => lock(&senders)
                     .add(id, lane, &outfit)

@@ -296,7 +296,7 @@ impl<R: Read + ?Sized> PageBody<'_, R> {
     /// pages what the sender sent.
     ///
     /// `place` reads exactly [`Record::data_bytes`] bytes, and returns the hasher that it was given
-    /// continued over them; for zero pages, the hasher as it was. Packed data has been checked and
+    /// continued over them; for pages without data, the hasher as it was. Packed data has been checked and
     /// unpacked before the first call. When the connection fails
     /// underneath, the error is the lane's own, whatever `place` makes of it.
     pub fn place<E: From<Error>>(

@@ -110,13 +110,21 @@ impl PageFrame {
 
     /// Adds a run of zero pages.
     pub fn push_zero(&mut self, run: PageRun) -> Result<(), Error> {
+        self.push_bare(run, Encoding::Zero)
+    }
+
+    /// Adds a run of at most [`MAX_SHARED_PAGES`](crate::limits::MAX_SHARED_PAGES) pages that the
+    /// receiver takes from the sender's own memory.
+    pub fn push_shared(&mut self, run: PageRun) -> Result<(), Error> {
+        self.push_bare(run, Encoding::Shared)
+    }
+
+    /// Adds a run that is told without bytes.
+    fn push_bare(&mut self, run: PageRun, encoding: Encoding) -> Result<(), Error> {
         if self.records_left() == 0 {
             return Err(Error::FrameFull { count: run.count });
         }
-        let record = Record {
-            run,
-            encoding: Encoding::Zero,
-        };
+        let record = Record { run, encoding };
         record.check()?;
         self.append(record);
         Ok(())

@@ -16,6 +16,7 @@ pub enum Call {
     Blank,
     Write,
     Receive,
+    Fetch,
     Zero,
     TrackerStart,
     Collect,

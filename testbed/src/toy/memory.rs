@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ferry_engine::core::layout::{Layout, PAGE_SIZE, PageRange, Region, RegionIndex};
-use ferry_engine::vmm::{Fresh, Ram, Rearm, Tracker, VmmError};
+use ferry_engine::vmm::{Fresh, Ram, RamWindow, Rearm, Tracker, VmmError};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek64};
 
@@ -19,6 +20,8 @@ pub(super) struct Memory {
     layout: Layout,
     files: Vec<File>,
     log: DirtyLog,
+    /// Whether another engine on this host may read it.
+    lends: AtomicBool,
     faults: Arc<Faults>,
 }
 
@@ -32,9 +35,15 @@ impl Memory {
         Ok(Self {
             files: files.collect::<io::Result<_>>()?,
             log: DirtyLog::new(&layout),
+            lends: AtomicBool::new(false),
             layout,
             faults,
         })
+    }
+
+    /// From now on another engine on this host may read it.
+    pub(super) fn lend(&self) {
+        self.lends.store(true, Ordering::SeqCst);
     }
 
     pub(super) fn log(&self) -> &DirtyLog {
@@ -98,6 +107,22 @@ impl Ram for Memory {
         Ok(())
     }
 
+    fn windows(&self) -> Option<Vec<RamWindow>> {
+        if !self.lends.load(Ordering::SeqCst) {
+            return None;
+        }
+        let windows = self.files.iter().zip(self.layout.iter());
+        let windows = windows.map(|(file, (_, region))| {
+            // Opened anew: what is given away cannot be written through.
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            Some(RamWindow {
+                file: File::open(path).ok()?,
+                bytes: 0..region.bytes,
+            })
+        });
+        windows.collect()
+    }
+
     fn blank(&self) -> Result<(), VmmError> {
         self.faults.hit(Call::Blank)?;
         for (index, region) in self.layout.iter() {
@@ -134,6 +159,27 @@ impl Ram for Memory {
                 .map_err(|error| VmmError::io("placing a page", error))?;
         }
         Ok(seed)
+    }
+
+    fn fetch(
+        &self,
+        region: RegionIndex,
+        range: PageRange,
+        window: &RamWindow,
+    ) -> Result<(), VmmError> {
+        self.faults.hit(Call::Fetch)?;
+        let file = self.file(region, range)?;
+        let mut page = [0; PAGE_SIZE];
+        for number in range.first.0..range.end().0 {
+            let offset = number * PAGE_SIZE as u64;
+            window
+                .file
+                .read_exact_at(&mut page, window.bytes.start + offset)
+                .map_err(|error| VmmError::io("fetching a page", error))?;
+            file.write_all_at(&page, offset)
+                .map_err(|error| VmmError::io("placing a page", error))?;
+        }
+        Ok(())
     }
 
     fn zero(&self, region: RegionIndex, range: PageRange) -> Result<(), VmmError> {

@@ -151,6 +151,12 @@ impl Toy {
         }
     }
 
+    /// Lets another engine on this host read its RAM, which it does not unless told so: most tests are
+    /// about what travels.
+    pub fn lend_ram(&self) {
+        self.machine.memory.lend();
+    }
+
     /// What goes wrong with it.
     pub fn faults(&self) -> &Faults {
         &self.machine.faults

@@ -8,8 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, value_parser};
-use ferry_engine::Compression;
 use ferry_engine::core::source::{LanePlan, MAX_LANES};
+use ferry_engine::{Compression, WithinHost};
 
 /// The longest `--max-downtime`: a day. Whoever wants more moves without `--live`.
 const MAX_DOWNTIME_MS: u64 = 24 * 60 * 60 * 1000;
@@ -88,6 +88,11 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "HOW", value_enum, default_value_t = Packing::Auto)]
     pub(crate) compression: Packing,
 
+    /// What becomes of pages when the target is on this very host: auto lets it take them from the
+    /// source's RAM files, never sends them over the connection all the same
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = Sharing::Auto)]
+    pub(crate) within_host: Sharing,
+
     /// After so many seconds pause the guest and finish, whatever the blackout
     #[arg(long, value_name = "S", value_parser = value_parser!(u64).range(..=MAX_TIMEOUT_S))]
     pub(crate) timeout: Option<u64>,
@@ -120,6 +125,22 @@ impl From<Packing> for Compression {
             Packing::None => Self::None,
             Packing::Lz4 => Self::Lz4,
             Packing::Zstd => Self::Zstd,
+        }
+    }
+}
+
+/// The values of `--within-host`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Sharing {
+    Auto,
+    Never,
+}
+
+impl From<Sharing> for WithinHost {
+    fn from(sharing: Sharing) -> Self {
+        match sharing {
+            Sharing::Auto => Self::Auto,
+            Sharing::Never => Self::Never,
         }
     }
 }

@@ -120,6 +120,8 @@ struct Figures {
     pages_zero: u64,
     pages_held: u64,
     pages_rewritten: u64,
+    /// Taken by the target from the source's own RAM, both being on one host; 0 when pages travelled.
+    pages_shared: u64,
     throughput_bytes_per_s: u64,
     dirty_bytes_per_s: u64,
     /// The most that stood at one time.
@@ -215,6 +217,7 @@ impl From<&Report> for Figures {
             pages_zero: report.zero_pages,
             pages_held: report.held_pages,
             pages_rewritten: report.fresh_pages,
+            pages_shared: report.shared_pages,
             throughput_bytes_per_s: report.throughput_bytes_per_s(),
             dirty_bytes_per_s: report.dirty_bytes_per_s(),
             lanes: report.lanes,
@@ -327,8 +330,12 @@ fn summary(report: &Report) -> String {
     let downtime = report.downtime.map_or_else(String::new, |downtime| {
         format!("; blackout at most {:.1} ms", downtime.as_secs_f64() * 1e3)
     });
+    let shared = match report.shared_bytes() {
+        0 => String::new(),
+        shared => format!(" and {} within the host", bytes(shared)),
+    };
     format!(
-        "Moved in {:.2} s{downtime}; {} rounds, {} on the wire at {}/s.",
+        "Moved in {:.2} s{downtime}; {} rounds, {} on the wire{shared} at {}/s.",
         report.total.as_secs_f64(),
         report.rounds.len(),
         bytes(report.bytes_wire),

@@ -55,6 +55,7 @@ async fn start(args: &Migrate) -> Result<Job, Refusal> {
                 .map_or(Bandwidth::Unlimited, Bandwidth::mib_per_second),
         )
         .with_compression(args.compression.into())
+        .with_within_host(args.within_host.into())
         .with_retire(if args.keep_source {
             Retire::LeaveStopped
         } else {
