@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use crate::control::BoxedConnection;
 use crate::core::message::Notice;
-use crate::lanes::send::chain;
+use crate::core::outcome::in_full;
 use crate::send::{GREETING_LIMIT, PARTING};
 
 /// Most connections that are being greeted at one time: strangers cost no more than that. One more,
@@ -67,7 +67,7 @@ async fn greet(
     match timeout(GREETING_LIMIT, hello(connection)).await {
         Ok(Ok((lane, hello))) => drop(greeted.send(Arrival { lane, hello, peer }).await),
         Ok(Err(error)) => {
-            drop(notices.send(Notice::Leftover(format!("{peer}: {}", chain(&error)))));
+            drop(notices.send(Notice::Leftover(format!("{peer}: {}", in_full(&error)))));
         }
         Err(_) => drop(notices.send(Notice::Leftover(format!("{peer} never said hello")))),
     }
@@ -86,7 +86,7 @@ async fn hello(
             Err(io::Error::new(io::ErrorKind::InvalidData, text).into())
         }
         Err(error) => {
-            let (code, text) = (AbortCode::Version, chain(&error));
+            let (code, text) = (AbortCode::Version, in_full(&error));
             drop(lane.writer.send(&Message::Abort { code, text }).await);
             Err(error)
         }

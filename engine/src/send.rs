@@ -23,13 +23,14 @@ use crate::core::message::{
     Action, Command, GuestLeft, Input, Moment, Notice, Outcome, Record, Step,
 };
 use crate::core::meter::{Progress, Report};
+use crate::core::outcome::in_full;
 use crate::core::source::Source;
 use crate::device_state::SinkWatch;
 use crate::dial::inquire;
 use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
 use crate::lanes::encode::Encoder;
-use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders, chain};
+use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders};
 use crate::pacer::Pacer;
 use crate::vmm::{DeviceState, Guest, Ram, Tracker, VmmError};
 use crate::worker::{Clock, Facts, Worker};
@@ -280,7 +281,7 @@ impl Driver {
             let verdict = match timeout(GREETING_LIMIT, inquire(&*connector, session)).await {
                 Ok(Ok(verdict)) => Some(verdict),
                 Ok(Err(error)) => {
-                    tracing::debug!(error = chain(&error), "the target could not be asked");
+                    tracing::debug!(error = in_full(&error), "the target could not be asked");
                     None
                 }
                 Err(_) => None,
@@ -318,7 +319,7 @@ impl Driver {
             Ok(())
         });
         if let Ok(Err(error)) = ended.await {
-            drop(self.notices.send(Notice::Leftover(chain(&error))));
+            drop(self.notices.send(Notice::Leftover(in_full(&error))));
         }
         Finished { outcome, report }
     }
