@@ -183,8 +183,14 @@ impl Driver {
             }
             let event = self.wait().await;
             self.take(event);
-            self.progress
-                .send_replace(self.machine.progress(self.clock.now()));
+            self.progress.send_replace(self.look());
+        }
+    }
+
+    fn look(&self) -> Progress {
+        Progress {
+            encoding: self.outfit.encoder.totals(),
+            ..self.machine.progress(self.clock.now())
         }
     }
 
