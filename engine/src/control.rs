@@ -14,9 +14,9 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::core::message::Input;
+use crate::core::outcome::in_full;
 use crate::device_state::{Inbox, Permit};
 use crate::lanes::LAST_WORD;
-use crate::lanes::send::chain;
 use crate::worker::Facts;
 
 pub(crate) type BoxedConnection = Box<dyn Connection>;
@@ -122,7 +122,7 @@ async fn read(
     let lost = loop {
         let message = match timeout(silence.limit, reader.next()).await {
             Err(_) => break format!("the peer said nothing for {} ms", silence.limit.as_millis()),
-            Ok(Err(error)) => break chain(&error),
+            Ok(Err(error)) => break in_full(&error),
             Ok(Ok(None)) => break "the peer closed the connection".to_owned(),
             Ok(Ok(Some(message))) => message,
         };
@@ -171,7 +171,7 @@ async fn write(
         };
         if let Err(error) = sent {
             facts.tell(Input::LinkLost {
-                what: chain(&error),
+                what: in_full(&error),
             });
             return;
         }

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use crate::control::BoxedConnection;
 use crate::core::message::Notice;
-use crate::lanes::send::chain;
+use crate::core::outcome::in_full;
 use crate::near::borrower::{Borrowed, borrow};
 use crate::send::{GREETING_LIMIT, PARTING};
 
@@ -85,7 +85,7 @@ async fn greet(
             drop(greeted.send(arrival).await);
         }
         Ok(Err(error)) => {
-            drop(notices.send(Notice::Leftover(format!("{peer}: {}", chain(&error)))));
+            drop(notices.send(Notice::Leftover(format!("{peer}: {}", in_full(&error)))));
         }
         Err(_) => drop(notices.send(Notice::Leftover(format!("{peer} never said hello")))),
     }
@@ -104,7 +104,7 @@ async fn hello(
             Err(io::Error::new(io::ErrorKind::InvalidData, text).into())
         }
         Err(error) => {
-            let (code, text) = (AbortCode::Version, chain(&error));
+            let (code, text) = (AbortCode::Version, in_full(&error));
             drop(lane.writer.send(&Message::Abort { code, text }).await);
             Err(error)
         }

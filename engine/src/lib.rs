@@ -10,6 +10,7 @@
 //! | [`job`] | a migration: how it is set up, watched, steered, and how it ends |
 //! | [`journal`] | what must survive a crash: whose the guest is |
 //! | [`link`] | the connections that it runs over; an embedder may bring its own |
+//! | `host` | what other processes of the host can see and steer (feature `host`) |
 //! | [`linux`] | dirty tracking and guest RAM of another process; the only unsafe code |
 //! | `qemu` | a stock QEMU, driven from outside (feature `qemu`) |
 //!
@@ -42,6 +43,8 @@ pub mod core;
 mod device_state;
 mod dial;
 mod greeting;
+#[cfg(feature = "host")]
+pub mod host;
 pub mod job;
 pub mod journal;
 mod lanes;

@@ -65,9 +65,14 @@ impl Pacer {
         self.changed.notify_all();
     }
 
+    /// The rate.
+    pub(crate) fn rate(&self) -> Bandwidth {
+        self.lock().rate
+    }
+
     /// The rate, in bytes a second; none when there is no limit.
     pub(crate) fn limit(&self) -> Option<u64> {
-        match self.lock().rate {
+        match self.rate() {
             Bandwidth::Unlimited => None,
             Bandwidth::BytesPerSecond(rate) => Some(rate.get()),
         }

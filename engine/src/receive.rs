@@ -19,13 +19,13 @@ use crate::core::message::{
     Step,
 };
 use crate::core::meter::Report;
+use crate::core::outcome::in_full;
 use crate::core::target::Target;
 use crate::device_state::Inbox;
 use crate::greeting::{Arrival, MAX_GREETINGS, accept};
 use crate::job::Finished;
 use crate::journal::Journal;
 use crate::lanes::receive::{Place, Receivers, ReceivingLane, Tally};
-use crate::lanes::send::chain;
 use crate::send::{PARTING, VmSide, order_journal};
 use crate::vmm::{Ram, VmmError};
 use crate::worker::{Clock, Facts, Worker};
@@ -286,7 +286,7 @@ impl Driver {
             }
         });
         if let Ok(Err(error)) = ended.await {
-            drop(self.notices.send(Notice::Leftover(chain(&error))));
+            drop(self.notices.send(Notice::Leftover(in_full(&error))));
         }
         let report = Report {
             total: self.clock.now().0,

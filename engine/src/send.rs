@@ -24,13 +24,14 @@ use crate::core::message::{
     Action, Command, GuestLeft, Input, Moment, Notice, Outcome, Record, Step,
 };
 use crate::core::meter::{Progress, Report};
+use crate::core::outcome::in_full;
 use crate::core::source::Source;
 use crate::device_state::SinkWatch;
 use crate::dial::inquire;
 use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
 use crate::lanes::encode::Encoder;
-use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders, chain};
+use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders};
 use crate::near::lender::Lender;
 use crate::pacer::Pacer;
 use crate::vmm::{DeviceState, Guest, Ram, Tracker, VmmError};
@@ -189,8 +190,14 @@ impl Driver {
             }
             let event = self.wait().await;
             self.take(event);
-            self.progress
-                .send_replace(self.machine.progress(self.clock.now()));
+            self.progress.send_replace(self.look());
+        }
+    }
+
+    fn look(&self) -> Progress {
+        Progress {
+            encoding: self.outfit.encoder.totals(),
+            ..self.machine.progress(self.clock.now())
         }
     }
 
@@ -299,7 +306,7 @@ impl Driver {
             let verdict = match timeout(GREETING_LIMIT, inquire(&*connector, session)).await {
                 Ok(Ok(verdict)) => Some(verdict),
                 Ok(Err(error)) => {
-                    tracing::debug!(error = chain(&error), "the target could not be asked");
+                    tracing::debug!(error = in_full(&error), "the target could not be asked");
                     None
                 }
                 Err(_) => None,
@@ -338,7 +345,7 @@ impl Driver {
             Ok(())
         });
         if let Ok(Err(error)) = ended.await {
-            drop(self.notices.send(Notice::Leftover(chain(&error))));
+            drop(self.notices.send(Notice::Leftover(in_full(&error))));
         }
         Finished { outcome, report }
     }

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -75,15 +75,42 @@ impl Ended {
 }
 
 impl Ferry {
-    /// Starts `ferry` with `args`; its journals go to `state`'s folder.
+    /// Runs `ferry` with `args`, about what is in the folder `state`, to its end.
+    pub fn run(state: &Path, args: &[&str], bound: Duration) -> Result<Ended, TestbedError> {
+        Self::start(state, args)?.wait(bound)
+    }
+
+    /// The same, and does not wait.
+    pub fn start(state: &Path, args: &[&str]) -> Result<Self, TestbedError> {
+        Ok(Self::spawn(state, args, Stdio::piped())?.0)
+    }
+
+    /// Where the journals and control sockets of moves of `qemu` are, unless they are told otherwise.
+    pub fn state_folder(qemu: &Qemu) -> PathBuf {
+        qemu.folder().join("state")
+    }
+
+    /// What moves have left in `state`: journals and control sockets.
+    pub fn left_in(state: &Path) -> Vec<PathBuf> {
+        let below = |folder: &Path| {
+            let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+            entries.map(|entry| entry.path()).collect::<Vec<_>>()
+        };
+        let (folders, mut left): (Vec<_>, Vec<_>) =
+            below(state).into_iter().partition(|path| path.is_dir());
+        left.extend(folders.iter().flat_map(|folder| below(folder)));
+        left
+    }
+
+    /// Starts `ferry` with `args`; its journals go to `state`.
     fn spawn(
-        state: &Qemu,
+        state: &Path,
         args: impl IntoIterator<Item = impl AsRef<OsStr>>,
         stderr: Stdio,
     ) -> Result<(Self, mpsc::Receiver<String>), TestbedError> {
         let mut child = Command::new(ferry_binary()?)
             .args(args)
-            .env("FERRY_STATE_DIR", state.folder().join("state"))
+            .env("FERRY_STATE_DIR", state)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(stderr)
@@ -141,7 +168,7 @@ impl Ferry {
         let socket = qemu.qmp_path();
         let mut args: Vec<&OsStr> = vec!["receive".as_ref(), "--qmp".as_ref(), socket.as_ref()];
         args.extend(more.iter().map(OsStr::new));
-        Self::spawn(qemu, args, Stdio::piped())
+        Self::spawn(&Self::state_folder(qemu), args, Stdio::piped())
     }
 
     /// Starts `ferry migrate` of `qemu` to `uri`.
@@ -176,7 +203,7 @@ impl Ferry {
         ];
         args.extend(more.iter().map(OsStr::new));
         args.push(uri.as_ref());
-        Ok(Self::spawn(qemu, args, stderr)?.0)
+        Ok(Self::spawn(&Self::state_folder(qemu), args, stderr)?.0)
     }
 
     /// Its process.

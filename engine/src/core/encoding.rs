@@ -126,6 +126,15 @@ impl EncodingTotals {
         let ratio = self.data_bytes.max(1) as f64 / self.sent_bytes.max(1) as f64;
         (ratio * 1e3).round() / 1e3
     }
+
+    /// The way in which most of the packed pages went; none when none were packed.
+    pub fn most_used(&self) -> Option<&'static str> {
+        match (self.lz4_pages, self.zstd_pages) {
+            (0, 0) => None,
+            (lz4, zstd) if lz4 > zstd => Some("lz4"),
+            _ => Some("zstd"),
+        }
+    }
 }
 
 /// How long the link is looked at before its rate counts.

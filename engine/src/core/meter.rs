@@ -129,9 +129,31 @@ pub struct Progress {
     pub lanes: u16,
     /// Page lanes that died, or could not be opened, so far.
     pub lanes_lost: u32,
+    /// The downtime limit that holds.
+    pub downtime_limit: Duration,
+    /// How the bytes of pages were packed so far.
+    pub encoding: EncodingTotals,
+    /// The guest was given away: it is too late to give up.
+    pub given_away: bool,
 }
 
+/// The first round is nearly everything; what comes after it is the last percent.
+const FIRST_ROUND_PERCENT: u8 = 98;
+
 impl Progress {
+    /// How much of the whole move is done, 0 to 100, as far as that can be told of something whose
+    /// number of rounds nobody knows.
+    pub fn percent_of_move(&self) -> u8 {
+        match self.round {
+            0 => 0,
+            1 => {
+                let percent = u16::from(self.percent()) * u16::from(FIRST_ROUND_PERCENT) / 100;
+                u8::try_from(percent).unwrap_or(FIRST_ROUND_PERCENT)
+            }
+            _ => FIRST_ROUND_PERCENT + 1,
+        }
+    }
+
     /// How much of this round is done, 0 to 100.
     pub fn percent(&self) -> u8 {
         let all = self.done_bytes + self.remaining_bytes;

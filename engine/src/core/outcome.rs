@@ -204,6 +204,33 @@ pub enum Phase {
     Ended,
 }
 
+impl Phase {
+    /// Its name for programs: one word that never changes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Greeting => "greeting",
+            Self::Preparing => "preparing",
+            Self::Copying => "copying",
+            Self::Stopping => "stopping",
+            Self::Draining => "draining",
+            Self::Offering => "offering",
+            Self::Giving => "giving",
+            Self::Given => "given",
+            Self::Asking => "asking",
+            Self::Leaving => "leaving",
+            Self::Undoing => "undoing",
+            Self::Waiting => "waiting",
+            Self::Receiving => "receiving",
+            Self::Loading => "loading",
+            Self::Offered => "offered",
+            Self::Taking => "taking",
+            Self::Taken => "taken",
+            Self::Refusing => "refusing",
+            Self::Ended => "ended",
+        }
+    }
+}
+
 impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -33,6 +33,10 @@ pub struct Steering {
 }
 
 impl Steering {
+    pub(crate) fn new(commands: mpsc::UnboundedSender<Command>, pacer: Arc<Pacer>) -> Self {
+        Self { commands, pacer }
+    }
+
     /// Gives up, if the guest was not given away yet.
     pub fn cancel(&self) {
         _ = self.commands.send(Command::Cancel);
@@ -51,6 +55,11 @@ impl Steering {
     /// Changes the bandwidth limit.
     pub fn set_bandwidth(&self, bandwidth: Bandwidth) {
         self.pacer.set(bandwidth);
+    }
+
+    /// The bandwidth limit that holds.
+    pub fn bandwidth(&self) -> Bandwidth {
+        self.pacer.rate()
     }
 }
 

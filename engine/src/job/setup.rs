@@ -325,7 +325,7 @@ impl SourceBuilder {
         };
         let driver = send::Driver::start(parts, connection).map_err(StartError::Host)?;
         Ok(Job {
-            steering: Steering { commands, pacer },
+            steering: Steering::new(commands, pacer),
             progress: watched,
             notices: told,
             driver: tokio::spawn(driver.run()),

@@ -1,5 +1,7 @@
 //! What must hold, at every step and at the end.
 
+use std::time::Duration;
+
 use ferry_engine::core::layout::RegionIndex;
 use ferry_engine::core::message::{Outcome, Phase, Reason, Record};
 use ferry_engine::vmm::RunState;
@@ -117,6 +119,20 @@ pub enum Violation {
         /// How it should be.
         wanted: String,
     },
+    /// An order of a person's was not followed.
+    #[error("a downtime limit of {wanted:?} was ordered, {holds:?} holds")]
+    Disobeyed {
+        /// What was ordered last.
+        wanted: Duration,
+        /// What holds.
+        holds: Duration,
+    },
+    /// The source says of the guest that it was given away, or not, and that is not so.
+    #[error("whether the guest was given away is told wrongly at the end: {told}")]
+    GivenAwayWrongly {
+        /// What is told.
+        told: bool,
+    },
     /// Something is left behind.
     #[error("left behind: {what}")]
     LeftBehind {
@@ -139,6 +155,8 @@ pub(super) struct Truth {
     pub(super) spoilt: bool,
     /// Something kept the two from talking, or the target from answering.
     pub(super) silenced: bool,
+    /// The downtime limit that people want, as far as the source has heard.
+    pub(super) downtime_limit: Option<Duration>,
     /// How people want the guest, as far as the source has heard.
     pub(super) wanted: Option<RunState>,
     /// Something happened to the source's guest that came too late for its machine.

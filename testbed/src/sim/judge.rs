@@ -1,6 +1,6 @@
 //! The checks at work: what is overheard on the way, what is compared at every step and at the end.
 
-use ferry_engine::core::message::{GuestLeft, Input, Outcome, Phase, Record};
+use ferry_engine::core::message::{Command, GuestLeft, Input, Moment, Outcome, Phase, Record};
 use ferry_engine::vmm::{GuestEvent, RunState};
 use ferry_stream::message::{Message, Verdict};
 
@@ -14,6 +14,11 @@ impl World {
     pub(super) fn overhear(&mut self, side: Side, input: &Input) {
         match (side, input) {
             (_, Input::Guest(event)) => self.hear_event(side, event),
+            (Side::Source, Input::Command(Command::SetDowntimeLimit(limit)))
+                if self.source.phase() != Phase::Ended =>
+            {
+                self.truth.downtime_limit = Some(*limit);
+            }
             (Side::Target, Input::Received(Message::Go { .. })) => {
                 self.truth.go_heard |= self.truth.given.is_some();
                 self.truth.spoilt |= self.unheard[Side::Target as usize] > 0;
@@ -102,7 +107,24 @@ impl World {
         if let Outcome::Kept { guest, .. } = source {
             self.check_kept(guest)?;
         }
+        self.check_told()?;
         self.check_left_behind(source, target)
+    }
+
+    /// What somebody who steers the source is told.
+    fn check_told(&self) -> Result<(), Violation> {
+        let told = self.source.progress(Moment(self.now));
+        let (wanted, holds) = (self.truth.downtime_limit, told.downtime_limit);
+        if let Some(wanted) = wanted.filter(|wanted| *wanted != holds) {
+            return Err(Violation::Disobeyed { wanted, holds });
+        }
+        let source = self.at(Side::Source).outcome.as_ref();
+        let kept = source.is_some_and(|outcome| Ending::of(outcome) == Ending::Kept);
+        if kept == told.given_away {
+            let told = told.given_away;
+            return Err(Violation::GivenAwayWrongly { told });
+        }
+        Ok(())
     }
 
     fn check_kept(&self, left: &GuestLeft) -> Result<(), Violation> {

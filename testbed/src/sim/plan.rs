@@ -334,10 +334,7 @@ fn one_mischief(rng: &mut Rng) -> Mischief {
         7 => Mischief::CorruptLane,
         8 | 9 => Mischief::Order(side, Command::Cancel),
         10 => Mischief::Order(Side::Source, Command::Suspend),
-        11 => Mischief::Order(
-            Side::Source,
-            Command::SetDowntimeLimit(rng.micros(1..=5000)),
-        ),
+        11 => Mischief::Order(Side::Source, Command::SetDowntimeLimit(downtime_limit(rng))),
         12..=14 => Mischief::Guest(
             rng.pick(&[Side::Source, Side::Source, Side::Target]),
             fate(rng),
@@ -348,6 +345,12 @@ fn one_mischief(rng: &mut Rng) -> Mischief {
         18 => Mischief::Nonsense(side),
         _ => Mischief::Freeze(side),
     }
+}
+
+/// From what nothing fits into to what everything fits into.
+fn downtime_limit(rng: &mut Rng) -> Duration {
+    let usual = rng.micros(1..=5000);
+    rng.pick(&[usual, usual, usual, Duration::ZERO, Duration::MAX])
 }
 
 fn fate(rng: &mut Rng) -> Fate {

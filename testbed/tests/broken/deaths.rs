@@ -1,15 +1,16 @@
 //! QEMUs and engines that die, at both sides and in every phase; and a target without room.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ferry_engine::core::message::Record;
 use ferry_engine::journal::Journal;
 use ferry_engine::message::SessionId;
 use ferry_stream::frame::Kind;
 use ferry_testbed::proxy::{Deed, FrameName, Reach};
-use ferry_testbed::{Backing, Qemu, Turn, wait_until};
+use ferry_testbed::{Backing, Ferry, Qemu, Turn, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
 use crate::support::{Attempt, BOUND, Bed, assert_told, is_watched, journals, machine};
 
@@ -165,8 +166,25 @@ fn ferry_migrate_dies() {
 
     let [journal] = journals(&bed.source).try_into().unwrap();
     assert_eq!(record(&journal), Some(Record::Migrating));
+    a_dead_engines_socket_is_nobodys(&bed);
     let again = bed.attempt(&["--live"], |_, _| Deed::Pass).end();
     again.assert_moved(&bed);
+    let state = Ferry::state_folder(&bed.source);
+    assert_eq!(Ferry::left_in(&state), Vec::<PathBuf>::new());
+}
+
+fn a_dead_engines_socket_is_nobodys(bed: &Bed) {
+    let state = Ferry::state_folder(&bed.source);
+    let left = Ferry::left_in(&state);
+    let is_socket = |path: &&PathBuf| path.extension().is_some_and(|ending| ending == "sock");
+    let socket = left.iter().find(is_socket).unwrap();
+    let name = socket.file_stem().unwrap().to_str().unwrap();
+    let jobs = Ferry::run(&state, &["jobs", "--json"], BOUND).unwrap();
+    assert_eq!(jobs.code(), 0, "{jobs:?}");
+    assert_eq!(jobs.json(), json!({"jobs": [], "silent": []}));
+    let abort = Ferry::run(&state, &["jobabort", name], BOUND).unwrap();
+    assert_eq!(abort.code(), 2, "{abort:?}");
+    assert!(abort.stderr.contains("no migration runs here"), "{abort:?}");
 }
 
 /// A guest that only the dead engine had paused runs after the next move.

@@ -174,11 +174,11 @@ pub(crate) fn settings(qemu: &Qemu) -> [Value; 2] {
         .map(|command| qemu.execute(command, &json!({})).unwrap())
 }
 
-/// What is in the folder of journals.
+/// What is in the folder of journals. The control socket of an engine that was killed says nothing.
 pub(crate) fn journals(qemu: &Qemu) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(qemu.folder().join("state"));
-    let entries = entries.into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).collect()
+    let mut left = Ferry::left_in(&Ferry::state_folder(qemu));
+    left.retain(|path| path.extension().is_none_or(|ending| ending != "sock"));
+    left
 }
 
 pub(crate) fn is_watched(qemu: &Qemu) -> bool {

@@ -14,4 +14,5 @@ mod lanes;
 mod layouts;
 mod modes;
 mod refusals;
+mod steering;
 mod versions;

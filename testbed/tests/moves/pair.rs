@@ -92,10 +92,9 @@ fn private_sockets(qemu: &Qemu) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Journals and control sockets.
 fn journals(qemu: &Qemu) -> Vec<PathBuf> {
-    let folder = fs::read_dir(qemu.folder().join("state"));
-    let entries = folder.into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).collect()
+    Ferry::left_in(&Ferry::state_folder(qemu))
 }
 
 impl Pair {

@@ -9,10 +9,8 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, value_parser};
 use ferry_engine::core::source::{LanePlan, MAX_LANES};
+use ferry_engine::host::control::{JobName, MAX_DOWNTIME_MS, Speed};
 use ferry_engine::{Compression, WithinHost};
-
-/// The longest `--max-downtime`: a day. Whoever wants more moves without `--live`.
-const MAX_DOWNTIME_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// The longest `--timeout`: a year, which clocks and timers can still hold.
 const MAX_TIMEOUT_S: u64 = 365 * 24 * 60 * 60;
@@ -42,7 +40,23 @@ pub(crate) enum Command {
     Migrate(Migrate),
     /// Wait, on the target's host, for one guest, and take it into a QEMU started with -incoming defer
     Receive(Receive),
+    /// List the migrations that run on this host
+    Jobs(Jobs),
+    /// Tell how far a migration is
+    Jobinfo(Jobinfo),
+    /// Change a migration's bandwidth while it runs
+    Setspeed(Setspeed),
+    /// Change a migration's downtime limit while it runs
+    Setmaxdowntime(Setmaxdowntime),
+    /// Give a migration up: the guest stays where it is
+    Jobabort(Jobabort),
 }
+
+const ORDER_EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  not done: it is too late, or the engine does not answer
+  2  refused: wrong usage, no such job, or several where none was named";
 
 #[expect(
     clippy::struct_excessive_bools,
@@ -188,10 +202,100 @@ pub(crate) struct Common {
     #[arg(long)]
     pub(crate) insecure: bool,
 
-    /// Where journals are kept; it must be the same for every migration of a QEMU
+    #[command(flatten)]
+    pub(crate) state: StateDir,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct StateDir {
+    /// Where journals and control sockets are kept; it must be the same for every migration of a QEMU
     #[arg(long, value_name = "FOLDER", env = "FERRY_STATE_DIR")]
     pub(crate) state_dir: Option<PathBuf>,
 }
+
+/// Which migration is meant.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Which {
+    /// The job's name, as `ferry jobs` lists it; needed where several run
+    #[arg(value_name = "JOB", conflicts_with = "qmp")]
+    pub(crate) job: Option<JobName>,
+
+    /// In place of a name the QMP socket of the QEMU whose guest moves
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) qmp: Option<ferry_qmp::Address>,
+
+    #[command(flatten)]
+    pub(crate) state: StateDir,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = ORDER_EXIT_CODES)]
+pub(crate) struct Jobs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) state: StateDir,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = ORDER_EXIT_CODES)]
+pub(crate) struct Jobinfo {
+    /// Print one JSON object; with --watch one a second
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Tell it again every second until the migration is over
+    #[arg(long)]
+    pub(crate) watch: bool,
+
+    #[command(flatten)]
+    pub(crate) which: Which,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = ORDER_EXIT_CODES, allow_missing_positional = true)]
+pub(crate) struct Setspeed {
+    #[command(flatten)]
+    pub(crate) which: Which,
+
+    /// At most so many MiB a second on the link while RAM is copied, or `unlimited`
+    #[arg(value_name = "MIB_PER_S", value_parser = speed, required = true)]
+    pub(crate) speed: Speed,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = ORDER_EXIT_CODES, allow_missing_positional = true)]
+pub(crate) struct Setmaxdowntime {
+    #[command(flatten)]
+    pub(crate) which: Which,
+
+    /// Longest blackout that is wanted, in ms; it counts from the end of the round that is under way
+    #[arg(value_name = "MS", value_parser = value_parser!(u64).range(..=MAX_DOWNTIME_MS), required = true)]
+    pub(crate) ms: u64,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = ORDER_EXIT_CODES)]
+pub(crate) struct Jobabort {
+    #[command(flatten)]
+    pub(crate) which: Which,
+}
+
+/// A limit in MiB a second.
+fn speed(text: &str) -> Result<Speed, &'static str> {
+    if text == "unlimited" {
+        return Ok(Speed::Unlimited);
+    }
+    let mib: NonZeroU64 = text
+        .parse()
+        .map_err(|_| "a speed is a whole number of MiB a second, at least 1, or `unlimited`")?;
+    Ok(Speed::BytesPerS(mib.saturating_mul(MIB)))
+}
+
+/// 1 MiB in bytes.
+const MIB: NonZeroU64 = NonZeroU64::new(1 << 20).expect("a MiB is not zero");
 
 /// `ferry://HOST:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -232,6 +336,42 @@ mod tests {
     #[test]
     fn the_parser_is_sound() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_job_may_be_left_out() {
+        let parse = |args: &[&str]| {
+            let all = ["ferry"].iter().chain(args);
+            Args::try_parse_from(all).map(|args| args.command)
+        };
+        let Ok(Command::Setspeed(alone)) = parse(&["setspeed", "7"]) else {
+            panic!("a speed alone is enough")
+        };
+        assert!(alone.which.job.is_none());
+        let seven = NonZeroU64::new(7 << 20).unwrap();
+        assert_eq!(alone.speed, Speed::BytesPerS(seven));
+        let Ok(Command::Setspeed(named)) = parse(&["setspeed", "qemu-1-2", "unlimited"]) else {
+            panic!("a job is named first")
+        };
+        assert_eq!(named.which.job.unwrap().to_string(), "qemu-1-2");
+        assert_eq!(named.speed, Speed::Unlimited);
+        let Ok(Command::Setmaxdowntime(found)) = parse(&["setmaxdowntime", "--qmp=/q", "50"])
+        else {
+            panic!("a job is found by its socket")
+        };
+        assert_eq!((found.which.job, found.ms), (None, 50));
+        for wrong in [
+            &["setspeed"][..],
+            &["setspeed", "0"],
+            &["setspeed", "-1"],
+            &["setspeed", "fast"],
+            &["setspeed", "../x", "1"],
+            &["setspeed", "--qmp=/q", "a-job", "1"],
+            &["setmaxdowntime", "86400001"],
+            &["jobinfo", "a/b"],
+        ] {
+            parse(wrong).unwrap_err();
+        }
     }
 
     #[test]

@@ -18,6 +18,9 @@ use crate::say;
 /// Wrong usage, or something that cannot be moved; nothing was changed.
 pub(crate) const REFUSED: u8 = 2;
 
+/// Something running was asked for, and it is not done.
+pub(crate) const FAILED: u8 = 1;
+
 const KEPT: u8 = 1;
 const IN_DOUBT: u8 = 3;
 
@@ -79,6 +82,9 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
 #[derive(Serialize)]
 struct Json {
     outcome: &'static str,
+    /// Its name while it ran.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    job: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -93,6 +99,7 @@ impl Json {
     fn refused(reason: String, problems: Vec<JsonProblem>) -> Self {
         Self {
             outcome: "kept",
+            job: None,
             reason: Some(reason),
             guest: Some(guest_word(&GuestLeft::Untouched)),
             problems,
@@ -238,6 +245,8 @@ pub(crate) struct Teller {
     pub(crate) json: bool,
     /// Whether the figures are this side's to tell.
     pub(crate) figures: bool,
+    /// The job's name, once there is one.
+    pub(crate) job: Option<String>,
 }
 
 impl Teller {
@@ -288,6 +297,7 @@ impl Teller {
             let figures = self.figures.then(|| Figures::from(&finished.report));
             print_json(&Json {
                 outcome: name,
+                job: self.job.clone(),
                 reason,
                 guest,
                 problems: Vec::new(),

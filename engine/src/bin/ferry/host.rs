@@ -14,7 +14,7 @@ use ferry_engine::vmm::VmmError;
 use ferry_qmp::Address;
 use nix::unistd::Uid;
 
-use crate::args::Common;
+use crate::args::{Common, StateDir};
 use crate::ending::Refusal;
 
 /// The mode of a folder of one user alone.
@@ -96,14 +96,26 @@ fn refuse(side: Side, problems: Vec<Problem>) -> Refusal {
 
 /// The journal of a QEMU: named after its process, which nothing else ever is.
 pub(crate) fn journal(process: &Process, common: &Common) -> Result<JournalPlace, Refusal> {
-    let folder = match &common.state_dir {
-        Some(folder) => folder.clone(),
-        None => default_folder()?,
-    };
     Ok(JournalPlace {
-        folder,
+        folder: state_folder(&common.state)?,
         name: format!("qemu-{}-{}", process.pid(), process.id().start_time_ticks),
     })
+}
+
+/// The path of a QMP socket, the same however it is written.
+pub(crate) fn socket_path(address: &Address) -> Option<PathBuf> {
+    match address {
+        Address::Unix(path) => path.canonicalize().ok(),
+        Address::Tcp(_) => None,
+    }
+}
+
+/// Where journals and control sockets are.
+pub(crate) fn state_folder(state: &StateDir) -> Result<PathBuf, Refusal> {
+    match &state.state_dir {
+        Some(folder) => Ok(folder.clone()),
+        None => default_folder(),
+    }
 }
 
 fn default_folder() -> Result<PathBuf, Refusal> {

@@ -4,6 +4,7 @@ mod args;
 mod ending;
 mod host;
 mod interrupts;
+mod jobs;
 mod migrate;
 mod progress;
 mod receive;
@@ -46,6 +47,11 @@ fn main() -> ExitCode {
         match &args.command {
             Command::Migrate(migrate) => migrate::run(migrate).await,
             Command::Receive(receive) => receive::run(receive).await,
+            Command::Jobs(args) => jobs::list(args).await,
+            Command::Jobinfo(args) => jobs::info(args).await,
+            Command::Setspeed(args) => jobs::set_speed(args).await,
+            Command::Setmaxdowntime(args) => jobs::set_max_downtime(args).await,
+            Command::Jobabort(args) => jobs::abort(args).await,
         }
     });
     // A VMM that hangs must not keep the command from ending once its end was told.

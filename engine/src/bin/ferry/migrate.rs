@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_engine::core::message::Notice;
-use ferry_engine::job::Retire;
+use ferry_engine::host::control::{Folder, Server, Steered};
+use ferry_engine::job::{JournalPlace, Retire};
 use ferry_engine::link::TcpConnector;
 use ferry_engine::message::Mode;
 use ferry_engine::qemu::Side;
@@ -22,9 +23,10 @@ use crate::{host, progress};
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 pub(crate) async fn run(args: &Migrate) -> ExitCode {
-    let teller = Teller {
+    let mut teller = Teller {
         json: args.common.json,
         figures: true,
+        job: None,
     };
     let mut interrupts = match Interrupts::listen() {
         Ok(interrupts) => interrupts,
@@ -35,18 +37,28 @@ pub(crate) async fn run(args: &Migrate) -> ExitCode {
         () = interrupts.next() => Err(Refusal::interrupted()),
     };
     match started {
-        Ok(job) => teller.finished(&see_through(job, args, interrupts).await),
+        Ok(started) => {
+            teller.job = Some(started.place.name.clone());
+            teller.finished(&see_through(started, args, interrupts).await)
+        }
         Err(refusal) => teller.refused(refusal),
     }
 }
 
-async fn start(args: &Migrate) -> Result<Job, Refusal> {
+/// A migration that runs.
+struct Started {
+    job: Job,
+    /// Where its journal is, and beside it the control socket of the same name.
+    place: JournalPlace,
+}
+
+async fn start(args: &Migrate) -> Result<Started, Refusal> {
     let address = host::resolve(&args.target.authority, &args.common).await?;
     let qemu = host::attach(&args.qmp, Side::Source).await?;
     let vm = qemu.vm(Side::Source).map_err(|error| Refusal::of(&error))?;
     let connector = Arc::new(TcpConnector::new(address.to_string(), CONNECT_LIMIT));
-    let journal = host::journal(qemu.process(), &args.common)?;
-    let mut source = Migration::source(vm, connector, args.target.to_string(), journal)
+    let place = host::journal(qemu.process(), &args.common)?;
+    let mut source = Migration::source(vm, connector, args.target.to_string(), place.clone())
         .with_lanes(args.lanes())
         .with_mode(if args.live { Mode::Live } else { Mode::Paused })
         .with_downtime_limit(args.downtime_limit())
@@ -67,11 +79,26 @@ async fn start(args: &Migrate) -> Result<Job, Refusal> {
     if let Some(seconds) = args.timeout {
         source = source.with_timeout(Duration::from_secs(seconds));
     }
-    source.start().await.map_err(|error| Refusal::of(&error))
+    let job = source.start().await;
+    let job = job.map_err(|error| Refusal::of(&error))?;
+    Ok(Started { job, place })
 }
 
 /// Watches it to its end; an interrupt cancels it.
-async fn see_through(mut job: Job, args: &Migrate, mut interrupts: Interrupts) -> Finished {
+async fn see_through(started: Started, args: &Migrate, mut interrupts: Interrupts) -> Finished {
+    let Started { mut job, place } = started;
+    if args.verbose {
+        say::tell(format_args!("Job {}", place.name));
+    }
+    let control = match open_control(&job, &place, args) {
+        Ok(control) => Some(control),
+        // The guest can be moved all the same.
+        Err(refusal) => {
+            let reason = refusal.reason;
+            say::tell(format_args!("ferry: it cannot be steered: {reason}"));
+            None
+        }
+    };
     let shown = args
         .verbose
         .then(|| tokio::spawn(progress::show(job.progress())));
@@ -87,12 +114,28 @@ async fn see_through(mut job: Job, args: &Migrate, mut interrupts: Interrupts) -
         tell(&notice);
     }
     let finished = job.finish().await;
+    if let Some(control) = control {
+        control.close().await;
+    }
     interrupts.abort();
     if let Some(shown) = shown {
         // Its channel is closed: it ends by itself, after the last line.
         _ = shown.await;
     }
     finished
+}
+
+/// Lets other commands watch and steer it.
+fn open_control(job: &Job, place: &JournalPlace, args: &Migrate) -> Result<Server, Refusal> {
+    let folder = Folder::make(&place.folder).map_err(|error| Refusal::of(&error))?;
+    let steered = Steered {
+        name: place.name.parse().map_err(|error| Refusal::of(&error))?,
+        qmp: host::socket_path(&args.qmp),
+        target: args.target.to_string(),
+        steering: job.steering(),
+        progress: job.progress(),
+    };
+    Server::open(folder, steered).map_err(|error| Refusal::of(&error))
 }
 
 /// Tells a notice to a person.

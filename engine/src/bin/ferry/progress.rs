@@ -4,14 +4,12 @@ use std::io::{IsTerminal as _, stderr};
 use std::time::Duration;
 
 use ferry_engine::core::meter::Progress;
+use ferry_engine::host::control::Figures;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::watch;
 
 use crate::ending::bytes;
 use crate::say;
-
-/// The first round is nearly everything; what comes after it is the last percent.
-const FIRST_ROUND_PERCENT: u64 = 98;
 
 /// How often the bar is drawn anew.
 const REDRAW: Duration = Duration::from_millis(100);
@@ -20,7 +18,7 @@ const REDRAW: Duration = Duration::from_millis(100);
 pub(crate) async fn show(mut progress: watch::Receiver<Progress>) {
     let mut display = Display::new();
     while progress.changed().await.is_ok() {
-        let look = progress.borrow_and_update().clone();
+        let look = Figures::from(&*progress.borrow_and_update());
         display.draw(&look);
     }
     display.finish();
@@ -28,7 +26,7 @@ pub(crate) async fn show(mut progress: watch::Receiver<Progress>) {
 
 enum Display {
     Bar(ProgressBar),
-    Lines { told: Option<u64> },
+    Lines { told: Option<u8> },
 }
 
 impl Display {
@@ -43,11 +41,11 @@ impl Display {
         Self::Bar(bar)
     }
 
-    fn draw(&mut self, look: &Progress) {
-        let percent = percent(look);
+    fn draw(&mut self, look: &Figures) {
+        let percent = look.percent;
         match self {
             Self::Bar(bar) => {
-                bar.set_position(bar.position().max(percent));
+                bar.set_position(bar.position().max(percent.into()));
                 bar.set_message(line(look));
             }
             Self::Lines { told } if told.is_none_or(|told| told < percent) => {
@@ -65,31 +63,38 @@ impl Display {
     }
 }
 
-fn percent(look: &Progress) -> u64 {
-    match look.round {
-        0 => 0,
-        1 => u64::from(look.percent()) * FIRST_ROUND_PERCENT / 100,
-        _ => FIRST_ROUND_PERCENT + 1,
-    }
-}
-
-fn line(look: &Progress) -> String {
+/// A look in one line.
+pub(crate) fn line(look: &Figures) -> String {
     let mut parts = vec![
-        look.phase.to_string(),
+        look.doing.clone(),
         format!("round {}", look.round),
         format!("{}/s", bytes(look.rate_bytes_per_s)),
         format!("{} left", bytes(look.remaining_bytes)),
         format!("dirtied {}/s", bytes(look.dirty_bytes_per_s)),
     ];
-    parts.push(match (look.lanes, look.lanes_lost) {
+    parts.push(lanes(look));
+    parts.extend(packing(look));
+    let blackout = look.predicted_blackout_ms;
+    parts.extend(blackout.map(|ms| format!("blackout ~{ms} ms")));
+    parts.extend(look.left_ms.map(seconds));
+    parts.join(", ")
+}
+
+pub(crate) fn lanes(look: &Figures) -> String {
+    match (look.lanes, look.lanes_lost) {
         (1, 0) => "1 lane".to_owned(),
         (lanes, 0) => format!("{lanes} lanes"),
         (lanes, lost) => format!("{lanes} lanes, {lost} lost"),
-    });
-    parts.extend(
-        look.predicted_blackout
-            .map(|span| format!("blackout ~{} ms", span.as_millis())),
-    );
-    parts.extend(look.left.map(|span| format!("{:.1} s", span.as_secs_f64())));
-    parts.join(", ")
+    }
+}
+
+/// What packing does, when it does anything: `zstd 4.8:1`.
+pub(crate) fn packing(look: &Figures) -> Option<String> {
+    let packed = look.compression.as_ref()?;
+    Some(format!("{} {:.1}:1", packed.with, packed.ratio))
+}
+
+/// Seconds to a tenth.
+pub(crate) fn seconds(ms: u64) -> String {
+    format!("{}.{} s", ms / 1000, ms % 1000 / 100)
 }

@@ -16,6 +16,7 @@ pub(crate) async fn run(args: &Receive) -> ExitCode {
     let teller = Teller {
         json: args.common.json,
         figures: false,
+        job: None,
     };
     let mut interrupts = match Interrupts::listen() {
         Ok(interrupts) => interrupts,

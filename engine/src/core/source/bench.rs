@@ -151,7 +151,12 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn with(config: SourceConfig, guest: RunState, verdict: Verdict) -> Self {
-        let machine = Source::new(config, inventory(), guest, Box::new(Always(verdict)));
+        Self::ruled(config, guest, Box::new(Always(verdict)))
+    }
+
+    /// The same, with a rule that looks.
+    pub(super) fn ruled(config: SourceConfig, guest: RunState, rule: Box<dyn Converge>) -> Self {
+        let machine = Source::new(config, inventory(), guest, rule);
         let now = Moment::default();
         let mut bench = Self { machine, now };
         assert_eq!(bench.orders(), ["send Hello"]);

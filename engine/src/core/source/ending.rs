@@ -108,6 +108,7 @@ fn blames_the_peer(reason: &Reason) -> bool {
 impl Shared {
     pub(super) fn undo(&mut self, reason: Reason) -> State {
         let reason = reason.or_death();
+        self.given_away = false;
         self.unbound();
         self.timeout = None;
         self.send(reason.abort());

@@ -69,6 +69,8 @@ impl Shared {
             Command::Cancel => state.trouble(self, Reason::Cancelled),
             Command::SetDowntimeLimit(limit) => {
                 self.config.downtime_limit = limit;
+                // What was said of the old one does not hold for it.
+                self.floor_told = false;
                 state
             }
             Command::Suspend => {

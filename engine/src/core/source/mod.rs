@@ -105,6 +105,8 @@ struct Shared {
     heat: Heat,
     link: Link,
     floor_told: bool,
+    /// Go was said, and the target has not said that the guest is ours again.
+    given_away: bool,
 }
 
 /// Whether the hardware is known to be still what was offered.
@@ -169,6 +171,7 @@ impl Source {
             heat: Heat::new(&inventory.layout),
             link: Link::Up,
             floor_told: false,
+            given_away: false,
             config,
             inventory,
         };

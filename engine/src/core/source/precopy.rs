@@ -6,6 +6,7 @@ use super::lanes::Lanes;
 use super::round::{InFlight, Settled};
 use super::{Flush, Hardware, Shared, State};
 use crate::core::converge::Verdict;
+use crate::core::encoding::EncodingTotals;
 use crate::core::heat::Hot;
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{Action, Input, Moment, Notice, Phase, Reason, Record, Rewritten};
@@ -311,6 +312,9 @@ impl Shared {
             left: (all > 0).then(|| view.transfer(remaining)),
             lanes: self.lanes.up(),
             lanes_lost: self.lanes.lost(),
+            downtime_limit: self.config.downtime_limit,
+            encoding: EncodingTotals::default(),
+            given_away: self.given_away,
         }
     }
 }

@@ -345,6 +345,7 @@ impl Shared {
         let now = self.now;
         self.meter.blackout(|watch| watch.given(now));
         self.send(Message::Go { run });
+        self.given_away = true;
         self.bound(self.config.limits.given);
         State::Given(Given)
     }

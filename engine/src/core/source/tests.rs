@@ -5,7 +5,7 @@ use std::time::Duration;
 use ferry_stream::message::{AbortCode, Message, Mode, Verdict as Word};
 
 use super::{SourceConfig, SourceLimits};
-use crate::core::converge::Verdict;
+use crate::core::converge::{Converge, Verdict, View};
 use crate::core::message::{
     Action, Command, Failure, Input, LaneTotals, Notice, Phase, Reason, Record, Step,
 };
@@ -494,4 +494,99 @@ fn a_flush_that_hangs_is_not_waited_for_twice() {
     assert_eq!(bench.wait(), ["collect, rearm Yes"]);
     assert_eq!(bench.machine.poll_timeout(), None);
     assert_eq!(bench.tell(found()), ["Pause(Switchover)"]);
+}
+
+/// Stops when the limit is a second.
+struct Patient;
+
+impl Converge for Patient {
+    fn decide(&mut self, view: &View<'_>) -> Verdict {
+        if view.limit >= Duration::from_secs(1) {
+            Verdict::Stop
+        } else {
+            Verdict::Continue
+        }
+    }
+}
+
+#[test]
+fn another_downtime_limit_counts_from_the_next_collection() {
+    let mut bench = Bench::ruled(config(), RunState::Running, Box::new(Patient));
+    let mut facts = happy_path().into_iter();
+    while bench.machine.progress(bench.now).round == 0 {
+        let (fact, _) = facts.next().unwrap();
+        bench.tell(fact);
+    }
+    let round = |bench: &mut Bench, number: u32, count: u64| {
+        for fact in [idle(number), sent(number, count), done(number, count)] {
+            bench.tell(fact);
+        }
+        bench.tell(Input::Collected { found: pages(1) })
+    };
+    let limit = |bench: &Bench| bench.machine.progress(bench.now).downtime_limit;
+    assert_eq!(limit(&bench), config().downtime_limit);
+    assert_eq!(round(&mut bench, 1, 3), ["copy 1 in round 2, Tell"]);
+    let second = Duration::from_secs(1);
+    // Within a round nothing is decided.
+    assert!(
+        bench
+            .tell(Input::Command(Command::SetDowntimeLimit(second)))
+            .is_empty()
+    );
+    assert_eq!(limit(&bench), second);
+    bench.tell(Input::Flushed);
+    assert_eq!(round(&mut bench, 2, 1), ["Pause(Switchover)"]);
+}
+
+#[test]
+fn a_downtime_limit_changes_nothing_else_whenever_it_comes() {
+    for phase in BEFORE_GO.into_iter().chain(AFTER_GO) {
+        let mut bench = Bench::at(phase);
+        for limit in [Duration::ZERO, Duration::MAX] {
+            let orders = bench.tell(Input::Command(Command::SetDowntimeLimit(limit)));
+            assert!(orders.is_empty(), "{phase:?}: {orders:?}");
+            assert_eq!(bench.machine.phase(), phase);
+            assert_eq!(bench.machine.progress(bench.now).downtime_limit, limit);
+        }
+    }
+}
+
+#[test]
+fn a_limit_that_cannot_be_had_is_told_each_time_that_one_is_set() {
+    let mut bench = Bench::with(config(), RunState::Running, Verdict::Continue);
+    for (fact, _) in happy_path().into_iter().take(8) {
+        bench.tell(fact);
+    }
+    let mut told = Vec::new();
+    for number in 1..=6 {
+        // 3 ms and 5 ms are below the 10 ms of an empty switchover; 50 ms are not.
+        if number % 2 == 1 && number > 1 {
+            let limit = Duration::from_millis(number.into());
+            bench.tell(Input::Command(Command::SetDowntimeLimit(limit)));
+        }
+        let count = if number == 1 { 3 } else { 1 };
+        for fact in [idle(number), sent(number, count), done(number, count)] {
+            bench.tell(fact);
+        }
+        let orders = bench.tell(Input::Collected { found: pages(1) });
+        told.push(orders.contains(&"tell".to_owned()));
+    }
+    assert_eq!(told, [false, false, true, false, true, false]);
+}
+
+#[test]
+fn it_is_given_away_from_go_until_the_target_says_no() {
+    let given_away = |bench: &Bench| bench.machine.progress(bench.now).given_away;
+    for phase in BEFORE_GO {
+        assert!(!given_away(&Bench::at(phase)), "{phase:?}");
+    }
+    for phase in AFTER_GO {
+        assert!(given_away(&Bench::at(phase)), "{phase:?}");
+    }
+    let mut bench = Bench::at(Phase::Given);
+    bench.tell(lost());
+    assert!(given_away(&bench), "nobody knows");
+    bench.tell(Input::Answered(Some(Word::Refused)));
+    assert_eq!(bench.machine.phase(), Phase::Undoing);
+    assert!(!given_away(&bench));
 }
