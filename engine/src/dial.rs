@@ -9,7 +9,7 @@ use ferry_stream::message::{
 };
 
 use crate::control::BoxedConnection;
-use crate::lanes::send::chain;
+use crate::core::outcome::in_full;
 use crate::near::lender::Lender;
 
 /// Opens a page lane and greets on it: through the back door of a target on this host, or else as to
@@ -23,7 +23,7 @@ pub(crate) async fn open_lane(
     if let Some(lender) = lender {
         match greet_lane(lender.lane().await, session, id).await {
             Ok(lane) => return Ok(lane),
-            Err(error) => tracing::debug!(error = chain(&error), %id, "no lane within the host"),
+            Err(error) => tracing::debug!(error = in_full(&error), %id, "no lane within the host"),
         }
     }
     greet_lane(connector.connect().await, session, id).await

@@ -11,9 +11,13 @@ use bytes::{BufMut, Bytes, BytesMut};
 use self::fields::Fields;
 use crate::error::Error;
 use crate::frame::Kind;
-use crate::limits::{MAX_LANES, MAX_NAME, MAX_REGIONS, MAX_STATE_BYTES, MAX_STATE_CHUNK, MAX_TEXT};
+use crate::limits::{
+    MAX_AHEAD_RUNS, MAX_LANES, MAX_NAME, MAX_REGIONS, MAX_STATE_BYTES, MAX_STATE_CHUNK, MAX_TEXT,
+    PAGE_NUMBER_END,
+};
 use crate::message::{
-    AbortCode, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, Run, Verdict, Versions,
+    AbortCode, DataRun, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, Run, Verdict,
+    Versions,
 };
 
 impl Message {
@@ -35,6 +39,7 @@ impl Message {
             Self::LaneLost { .. } => Kind::LaneLost,
             Self::Fence(_) => Kind::Fence,
             Self::Fenced { .. } => Kind::Fenced,
+            Self::Ahead { .. } => Kind::Ahead,
             Self::Ping => Kind::Ping,
             Self::Inquire => Kind::Inquire,
             Self::Answer(_) => Kind::Answer,
@@ -92,6 +97,7 @@ impl Message {
                 out.put_u64_le(*frames);
                 out.put_u64_le(*pages);
             }
+            Self::Ahead { region, runs } => put_ahead(out, *region, runs),
             Self::Returned { reason } => put_text(out, &clean(reason)),
             Self::Answer(verdict) => out.put_u8(match verdict {
                 Verdict::Taken => 1,
@@ -140,6 +146,7 @@ impl Message {
             Self::LaneLost { lane, .. } | Self::Fence(lane) | Self::Fenced { lane, .. } => {
                 check_lane(kind, *lane)
             }
+            Self::Ahead { region, runs } => check_ahead(*region, runs),
             Self::Prepared
             | Self::Paused
             | Self::Ready { .. }
@@ -176,6 +183,29 @@ fn check_hello(hello: &Hello) -> Result<(), Error> {
 
 fn check_lane(kind: Kind, lane: LaneId) -> Result<(), Error> {
     bounded(kind, "the lane", lane.index.0, 1, MAX_LANES)
+}
+
+/// In order and apart: so what one message asks for is bounded by a region's size.
+fn check_ahead(region: u16, runs: &[DataRun]) -> Result<(), Error> {
+    let kind = Kind::Ahead;
+    let regions = MAX_REGIONS as u64;
+    bounded(kind, "the region", u64::from(region), 0, regions - 1)?;
+    let (count, most) = (runs.len() as u64, MAX_AHEAD_RUNS as u64);
+    bounded(kind, "the number of runs", count, 1, most)?;
+    let mut free = 0;
+    for DataRun { first, count } in runs {
+        bounded(
+            kind,
+            "a run's first page",
+            *first,
+            free,
+            PAGE_NUMBER_END - 1,
+        )?;
+        let most = PAGE_NUMBER_END - first;
+        bounded(kind, "a run's length", *count, 1, most)?;
+        free = first + count;
+    }
+    Ok(())
 }
 
 fn check_offer(offer: &Offer) -> Result<(), Error> {
@@ -228,6 +258,15 @@ const NO_LANE: LaneId = LaneId::first(LaneIndex::CONTROL);
 fn put_lane(out: &mut BytesMut, lane: LaneId) {
     out.put_u16_le(lane.index.0);
     out.put_u16_le(lane.generation.0);
+}
+
+fn put_ahead(out: &mut BytesMut, region: u16, runs: &[DataRun]) {
+    out.put_u16_le(region);
+    put_length(out, runs.len());
+    for run in runs {
+        out.put_u64_le(run.first);
+        out.put_u64_le(run.count);
+    }
 }
 
 fn put_hello(out: &mut BytesMut, hello: &Hello) {

@@ -8,8 +8,8 @@ use crc32fast::Hasher;
 
 use crate::error::Error;
 use crate::limits::{
-    HIGHEST_VERSION, MAX_NAME, MAX_PAGE_DATA, MAX_RECORDS, MAX_REGIONS, MAX_STATE_CHUNK, MAX_TEXT,
-    READ_CHUNK,
+    AHEAD_RUN_BYTES, HIGHEST_VERSION, MAX_AHEAD_RUNS, MAX_NAME, MAX_PAGE_DATA, MAX_RECORDS,
+    MAX_REGIONS, MAX_STATE_CHUNK, MAX_TEXT, READ_CHUNK,
 };
 use crate::message::LaneIndex;
 use crate::pages::{PREFIX_BYTES, RECORD_BYTES};
@@ -68,6 +68,8 @@ pub enum Kind {
     Fence = 18,
     /// [`Message::Fenced`](crate::message::Message::Fenced)
     Fenced = 19,
+    /// [`Message::Ahead`](crate::message::Message::Ahead)
+    Ahead = 21,
     /// Pages; see [`pages`](crate::pages).
     Pages = 64,
     /// The end of a round on a page lane.
@@ -76,7 +78,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Hello,
         Self::Welcome,
         Self::Prepared,
@@ -96,6 +98,7 @@ impl Kind {
         Self::LaneLost,
         Self::Fence,
         Self::Fenced,
+        Self::Ahead,
         Self::Pages,
         Self::RoundEnd,
     ];
@@ -122,6 +125,7 @@ impl Kind {
             Self::LaneLost => 6 + MAX_TEXT,
             Self::Fence | Self::Ready | Self::Running => 4,
             Self::Fenced => 20,
+            Self::Ahead => 4 + MAX_AHEAD_RUNS * AHEAD_RUN_BYTES,
             Self::Prepared | Self::Paused | Self::Finished | Self::Ping | Self::Inquire => 0,
             Self::Pages => PREFIX_BYTES + MAX_RECORDS * RECORD_BYTES + MAX_PAGE_DATA,
             Self::RoundEnd => PREFIX_BYTES,

@@ -40,6 +40,12 @@ pub const MAX_RAW_PAGES: u32 = 256;
 /// Most bytes of page data in a page frame.
 pub const MAX_PAGE_DATA: usize = MAX_RAW_PAGES as usize * PAGE_BYTES;
 
+/// Most runs of pages in one message that tells where the source has data.
+pub const MAX_AHEAD_RUNS: usize = 1024;
+
+/// Bytes of each of them.
+pub(crate) const AHEAD_RUN_BYTES: usize = 16;
+
 /// Most bytes of a delta: with a longer one its page had better travel as it is.
 pub const MAX_DELTA_BYTES: usize = PAGE_BYTES / 2;
 

@@ -141,6 +141,9 @@ impl Features {
     /// Pages taken by the target from the source's own RAM files, within one host.
     pub const NEAR: Self = Self(1 << 3);
 
+    /// Being told where the source has data, ahead of its pages.
+    pub const AHEAD: Self = Self(1 << 4);
+
     /// What either has.
     #[must_use]
     pub const fn union(self, other: Self) -> Self {
@@ -259,6 +262,15 @@ pub enum Verdict {
     Returned,
 }
 
+/// Pages of a region in which the source has data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataRun {
+    /// The first, counted from the region's start.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+}
+
 /// Why a side gave up. Travels as a number, so that peers of other versions can tell others apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -373,6 +385,15 @@ pub enum Message {
         /// Pages of them that came after the lane's last end of a round.
         pages: u64,
     },
+    /// S→T, with [`Features::AHEAD`]. In these pages of a region there is data, which will come on the
+    /// page lanes: room may be made for them. Nothing depends on it, and not all data need be told.
+    Ahead {
+        /// The region, by its position in the offer.
+        region: u16,
+        /// At least one, at most [`MAX_AHEAD_RUNS`](crate::limits::MAX_AHEAD_RUNS); in order, each
+        /// with a page at least, none reaching into the next.
+        runs: Vec<DataRun>,
+    },
     /// Either way. I am here; no answer is due.
     Ping,
     /// S→T, after a [`Purpose::Inquire`]. Who owns the guest?
@@ -407,6 +428,7 @@ impl Message {
             Self::LaneLost { .. } => "LaneLost",
             Self::Fence(_) => "Fence",
             Self::Fenced { .. } => "Fenced",
+            Self::Ahead { .. } => "Ahead",
             Self::Ping => "Ping",
             Self::Inquire => "Inquire",
             Self::Answer(_) => "Answer",

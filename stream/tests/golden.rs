@@ -7,8 +7,8 @@ use ferry_stream::frame::{Decoder, Generation, HEADER_BYTES, Kind};
 use ferry_stream::lane::{ControlWriter, Incoming, PageLaneReader, PageLaneWriter};
 use ferry_stream::limits::PAGE_BYTES;
 use ferry_stream::message::{
-    AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
-    Round, Run, SessionId, Verdict, Versions, Welcome,
+    AbortCode, DataRun, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose,
+    RegionInfo, Round, Run, SessionId, Verdict, Versions, Welcome,
 };
 use ferry_stream::pages::delta::{self, Applied};
 use ferry_stream::pages::{DeltaBuffer, Effort, Encoding, Packer, PageFrame, PageRun, Record};
@@ -138,6 +138,22 @@ fn messages() -> Vec<(&'static str, Message)> {
                 lane: SECOND,
                 frames: 0x1234,
                 pages: 0x5678,
+            },
+        ),
+        (
+            "ahead",
+            Message::Ahead {
+                region: 1,
+                runs: vec![
+                    DataRun {
+                        first: 0x100,
+                        count: 0x80,
+                    },
+                    DataRun {
+                        first: 0x4_0000,
+                        count: 1,
+                    },
+                ],
             },
         ),
         ("finished", Message::Finished),
@@ -379,6 +395,15 @@ fn the_largest_payloads_fit_their_limits_exactly() {
             Message::LaneLost {
                 lane: SECOND,
                 text: text.clone(),
+            },
+        ),
+        (
+            "",
+            Message::Ahead {
+                region: 0,
+                runs: (0..ferry_stream::limits::MAX_AHEAD_RUNS as u64)
+                    .map(|first| DataRun { first, count: 1 })
+                    .collect(),
             },
         ),
         (

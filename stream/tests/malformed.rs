@@ -5,12 +5,12 @@ use ferry_stream::Error;
 use ferry_stream::frame::{Decoder, Generation, HEADER_BYTES, Header, Kind, Position};
 use ferry_stream::lane::{Incoming, PageLaneReader};
 use ferry_stream::limits::{
-    MAX_LANES, MAX_NAME, MAX_RAW_PAGES, MAX_RECORDS, MAX_REGIONS, MAX_SHARED_PAGES,
+    MAX_AHEAD_RUNS, MAX_LANES, MAX_NAME, MAX_RAW_PAGES, MAX_RECORDS, MAX_REGIONS, MAX_SHARED_PAGES,
     MAX_STATE_BYTES, MAX_ZERO_PAGES, PAGE_BYTES, PAGE_NUMBER_END,
 };
 use ferry_stream::message::{
-    AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
-    Round, SessionId, Versions,
+    AbortCode, DataRun, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose,
+    RegionInfo, Round, SessionId, Versions,
 };
 use ferry_stream::pages::{DeltaBuffer, Packing, PageFrame, PageRun};
 
@@ -153,6 +153,14 @@ fn encode_offer(change: impl FnOnce(&mut Offer)) -> Result<Vec<u8>, Error> {
     encode(&Message::Hello(hello(Purpose::Migrate, Some(offer))))
 }
 
+fn ahead(runs: &[(u64, u64)]) -> Message {
+    let runs = runs
+        .iter()
+        .map(|&(first, count)| DataRun { first, count })
+        .collect();
+    Message::Ahead { region: 0, runs }
+}
+
 fn decode(kind: Kind, payload: &[u8]) -> Result<Message, Error> {
     Message::decode(kind, Bytes::copy_from_slice(payload))
 }
@@ -191,6 +199,13 @@ fn what_breaks_a_limit_is_not_sent() {
         bytes: Bytes::from_static(b"x"),
     };
     assert_error!(encode(&far_state) => BadField { found: MAX_STATE_BYTES, .. });
+    assert_error!(encode(&ahead(&[])) => BadField { found: 0, .. });
+    assert_error!(encode(&ahead(&[(3, 0)])) => BadField { found: 0, .. });
+    assert_error!(encode(&ahead(&[(3, 2), (4, 1)])) => BadField { found: 4, .. });
+    assert_error!(encode(&ahead(&[(PAGE_NUMBER_END, 1)])) => BadField { .. });
+    assert_error!(encode(&ahead(&[(1, PAGE_NUMBER_END)])) => BadField { .. });
+    let many: Vec<_> = (0..=MAX_AHEAD_RUNS as u64).map(|at| (2 * at, 1)).collect();
+    assert_error!(encode(&ahead(&many)) => BadField { found: 1025, .. });
     let no_round = Message::RoundDone {
         round: Round(0),
         pages: 0,
@@ -231,6 +246,19 @@ fn other_control_payloads() {
     assert_error!(decode(Kind::State, &[0; 8]) => BadField { field: "the length", .. });
     assert_error!(
         decode(Kind::Abort, &[5, 0, 2, 0, 0xC3, 0x28]) => BadText { field: "the text", .. }
+    );
+    // A count is believed only as far as the bytes behind it go.
+    assert_error!(decode(Kind::Ahead, &[0, 0, 0, 4]) => ShortPayload { kind: Kind::Ahead });
+    assert_error!(
+        decode(Kind::Ahead, &[0, 0, 1, 4]) => BadField { field: "the number of runs", .. }
+    );
+    assert_error!(
+        decode(Kind::Ahead, &[0, 2, 0, 0]) => BadField { field: "the region", found: 512, .. }
+    );
+    let mut beyond = encode(&ahead(&[(1, 1)])).unwrap();
+    beyond[11] = 0xFF;
+    assert_error!(
+        decode(Kind::Ahead, &beyond) => BadField { field: "a run's first page", .. }
     );
     assert_error!(decode(Kind::Pages, &[]) => MisplacedKind { .. });
     let shown = decode(Kind::Abort, b"\x05\x00\x06\x00\x1b[2Jok").unwrap();

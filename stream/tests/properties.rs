@@ -8,8 +8,8 @@ use ferry_stream::frame::{Decoder, Generation, Header, Kind, Position};
 use ferry_stream::lane::{Incoming, PageLaneReader, PageLaneWriter};
 use ferry_stream::limits::{MAX_NAME, MAX_PAGE_DATA, MAX_TEXT, PAGE_BYTES, PAGE_NUMBER_END};
 use ferry_stream::message::{
-    AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
-    Round, Run, SessionId, Verdict, Versions, Welcome,
+    AbortCode, DataRun, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose,
+    RegionInfo, Round, Run, SessionId, Verdict, Versions, Welcome,
 };
 use ferry_stream::pages::{Effort, Encoding, Packer, PageFrame, PageRun, Record, Zeros};
 use proptest::collection::vec;
@@ -78,6 +78,19 @@ fn hello() -> impl Strategy<Value = Message> {
     )
 }
 
+/// Runs in order, some touching the one before.
+fn data_runs() -> impl Strategy<Value = Vec<DataRun>> {
+    vec((0..1_u64 << 40, 1..1_u64 << 40), 1..30).prop_map(|gaps| {
+        let mut free = 0;
+        let run = |(gap, count)| {
+            let first = free + gap;
+            free = first + count;
+            DataRun { first, count }
+        };
+        gaps.into_iter().map(run).collect()
+    })
+}
+
 fn message() -> impl Strategy<Value = Message> {
     let plain = select(vec![
         Message::Prepared,
@@ -129,6 +142,7 @@ fn message() -> impl Strategy<Value = Message> {
             frames,
             pages,
         }),
+        (0..512_u16, data_runs()).prop_map(|(region, runs)| Message::Ahead { region, runs }),
         "[a-zé ]{0,300}".prop_map(|reason| Message::Returned { reason }),
         (any::<u16>(), "[a-zé ]{0,300}").prop_map(|(code, text)| Message::Abort {
             code: AbortCode::from_number(code),

@@ -5,10 +5,10 @@ use bytes::{Buf, Bytes, TryGetError};
 use super::{NO_LANE, clean};
 use crate::error::Error;
 use crate::frame::{Generation, Kind};
-use crate::limits::{MAX_NAME, MAX_REGIONS, MAX_TEXT};
+use crate::limits::{MAX_AHEAD_RUNS, MAX_NAME, MAX_REGIONS, MAX_TEXT};
 use crate::message::{
-    AbortCode, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, RegionInfo,
-    Round, Run, SessionId, Verdict, Versions, Welcome,
+    AbortCode, DataRun, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose,
+    RegionInfo, Round, Run, SessionId, Verdict, Versions, Welcome,
 };
 
 /// A payload, read from its front.
@@ -87,6 +87,10 @@ impl Fields {
                 lane: self.lane()?,
                 frames: self.u64()?,
                 pages: self.u64()?,
+            },
+            Kind::Ahead => Message::Ahead {
+                region: self.u16()?,
+                runs: self.data_runs()?,
             },
             Kind::Pages | Kind::RoundEnd => {
                 return Err(Error::MisplacedKind {
@@ -169,6 +173,20 @@ impl Fields {
             bytes: self.u64()?,
             backing_page_bytes: self.u32()?,
         })
+    }
+
+    fn data_runs(&mut self) -> Result<Vec<DataRun>, Error> {
+        let count = self.u16()?;
+        if usize::from(count) > MAX_AHEAD_RUNS {
+            return Err(self.bad("the number of runs", count));
+        }
+        let run = |_| {
+            Ok(DataRun {
+                first: self.u64()?,
+                count: self.u64()?,
+            })
+        };
+        (0..count).map(run).collect()
     }
 
     fn text(&mut self, field: &'static str, limit: usize) -> Result<String, Error> {
