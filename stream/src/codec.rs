@@ -11,7 +11,9 @@ use bytes::{BufMut, Bytes, BytesMut};
 use self::fields::Fields;
 use crate::error::Error;
 use crate::frame::Kind;
-use crate::limits::{MAX_LANES, MAX_NAME, MAX_REGIONS, MAX_STATE_BYTES, MAX_STATE_CHUNK, MAX_TEXT};
+use crate::limits::{
+    MAX_LANES, MAX_NAME, MAX_REGIONS, MAX_STATE_BYTES, MAX_STATE_CHUNK, MAX_TEXT, PAGE_NUMBER_END,
+};
 use crate::message::{
     AbortCode, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, Run, Verdict, Versions,
 };
@@ -35,6 +37,7 @@ impl Message {
             Self::LaneLost { .. } => Kind::LaneLost,
             Self::Fence(_) => Kind::Fence,
             Self::Fenced { .. } => Kind::Fenced,
+            Self::Mismatch { .. } => Kind::Mismatch,
             Self::Ping => Kind::Ping,
             Self::Inquire => Kind::Inquire,
             Self::Answer(_) => Kind::Answer,
@@ -92,6 +95,17 @@ impl Message {
                 out.put_u64_le(*frames);
                 out.put_u64_le(*pages);
             }
+            Self::Mismatch {
+                lane,
+                round,
+                region,
+                page,
+            } => {
+                put_lane(out, *lane);
+                out.put_u32_le(round.0);
+                out.put_u16_le(*region);
+                out.put_u64_le(*page);
+            }
             Self::Returned { reason } => put_text(out, &clean(reason)),
             Self::Answer(verdict) => out.put_u8(match verdict {
                 Verdict::Taken => 1,
@@ -139,6 +153,13 @@ impl Message {
             }
             Self::LaneLost { lane, .. } | Self::Fence(lane) | Self::Fenced { lane, .. } => {
                 check_lane(kind, *lane)
+            }
+            Self::Mismatch {
+                lane, round, page, ..
+            } => {
+                check_lane(kind, *lane)?;
+                bounded(kind, "the round", round.0, 1, u32::MAX)?;
+                bounded(kind, "the page", *page, 0, PAGE_NUMBER_END - 1)
             }
             Self::Prepared
             | Self::Paused

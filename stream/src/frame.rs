@@ -68,6 +68,8 @@ pub enum Kind {
     Fence = 18,
     /// [`Message::Fenced`](crate::message::Message::Fenced)
     Fenced = 19,
+    /// [`Message::Mismatch`](crate::message::Message::Mismatch)
+    Mismatch = 20,
     /// Pages; see [`pages`](crate::pages).
     Pages = 64,
     /// The end of a round on a page lane.
@@ -76,7 +78,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Hello,
         Self::Welcome,
         Self::Prepared,
@@ -96,6 +98,7 @@ impl Kind {
         Self::LaneLost,
         Self::Fence,
         Self::Fenced,
+        Self::Mismatch,
         Self::Pages,
         Self::RoundEnd,
     ];
@@ -122,6 +125,7 @@ impl Kind {
             Self::LaneLost => 6 + MAX_TEXT,
             Self::Fence | Self::Ready | Self::Running => 4,
             Self::Fenced => 20,
+            Self::Mismatch => 18,
             Self::Prepared | Self::Paused | Self::Finished | Self::Ping | Self::Inquire => 0,
             Self::Pages => PREFIX_BYTES + MAX_RECORDS * RECORD_BYTES + MAX_PAGE_DATA,
             Self::RoundEnd => PREFIX_BYTES,

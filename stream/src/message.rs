@@ -364,6 +364,18 @@ pub enum Message {
         /// Pages of them that came after the lane's last end of a round.
         pages: u64,
     },
+    /// T→S, before the [`Message::RoundDone`] of its round. A delta was not from what stands in that
+    /// page here: the page is as it was before, and has to be sent again.
+    Mismatch {
+        /// The lane on which it came.
+        lane: LaneId,
+        /// The round in which it came.
+        round: Round,
+        /// The page's region, by its position in the offer.
+        region: u16,
+        /// The page, counted from the region's start.
+        page: u64,
+    },
     /// Either way. I am here; no answer is due.
     Ping,
     /// S→T, after a [`Purpose::Inquire`]. Who owns the guest?
@@ -398,6 +410,7 @@ impl Message {
             Self::LaneLost { .. } => "LaneLost",
             Self::Fence(_) => "Fence",
             Self::Fenced { .. } => "Fenced",
+            Self::Mismatch { .. } => "Mismatch",
             Self::Ping => "Ping",
             Self::Inquire => "Inquire",
             Self::Answer(_) => "Answer",

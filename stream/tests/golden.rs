@@ -140,6 +140,15 @@ fn messages() -> Vec<(&'static str, Message)> {
                 pages: 0x5678,
             },
         ),
+        (
+            "mismatch",
+            Message::Mismatch {
+                lane: SECOND,
+                round: Round(3),
+                region: 1,
+                page: 0x1234_5678,
+            },
+        ),
         ("finished", Message::Finished),
         ("ping", Message::Ping),
         ("inquire", Message::Inquire),
