@@ -7,12 +7,14 @@ use std::thread;
 
 use crc32fast::Hasher;
 use ferry_stream::lane::{Incoming, PageLaneReader};
+use ferry_stream::limits::MAX_DELTA_BYTES;
 use ferry_stream::link::{Closer, Lane};
 use ferry_stream::message::LaneId;
+use ferry_stream::pages::delta::{self, Applied};
 use ferry_stream::pages::{Encoding, Record};
 
 use super::{PanicWatch, is_death};
-use crate::core::layout::{PageRange, RegionIndex};
+use crate::core::layout::{PAGE_SIZE, PageNumber, PageRange, RegionIndex};
 use crate::core::message::{Failure, Input, LaneSeen, Step};
 use crate::core::outcome::in_full;
 use crate::vmm::{Ram, VmmError};
@@ -60,7 +62,7 @@ impl Receivers {
                 seen: Arc::clone(&seen),
             },
             reader: PageLaneReader::new(id),
-            ram: Arc::clone(ram),
+            placer: Placer::new(Arc::clone(ram)),
             facts: facts.clone(),
             over: Arc::clone(&over),
         };
@@ -148,7 +150,7 @@ struct Receiver {
     id: LaneId,
     lane: Counted,
     reader: PageLaneReader,
-    ram: Arc<dyn Ram>,
+    placer: Placer,
     facts: Facts,
     over: Arc<AtomicBool>,
 }
@@ -179,8 +181,18 @@ impl Receiver {
     fn next(&mut self) -> Result<Option<Input>, PlaceError> {
         let (round, pages) = match self.reader.next(&mut self.lane)? {
             Incoming::Pages(body) => {
-                let ram = &*self.ram;
-                body.place(|record, data, hasher| place(ram, record, data, hasher))?;
+                let placer = &mut self.placer;
+                let placed =
+                    body.place(|record, data, hasher| placer.place(record, data, hasher))?;
+                // Only now: in a corrupt frame it would be the frame's fault.
+                for (region, page) in self.placer.mismatched.drain(..) {
+                    self.facts.tell(Input::Mismatched {
+                        lane: self.id,
+                        round: placed.round,
+                        region,
+                        page,
+                    });
+                }
                 return Ok(None);
             }
             Incoming::RoundEnd { round, pages } => (round, pages),
@@ -229,23 +241,67 @@ impl Read for Counted {
     }
 }
 
-fn place(
-    ram: &dyn Ram,
-    record: &Record,
-    data: &mut dyn io::Read,
-    hasher: Hasher,
-) -> Result<Hasher, PlaceError> {
-    let region = RegionIndex(record.run.region);
-    let range = PageRange::new(record.run.first, u64::from(record.run.count));
-    if !ram.layout().contains(region, range) {
-        return Err(PlaceError::OutsideRam { region, range });
-    }
-    match record.encoding {
-        Encoding::Raw => Ok(ram.receive(region, range, data, hasher)?),
-        Encoding::Zero => {
-            ram.zero(region, range)?;
-            Ok(hasher)
+/// Puts what comes where it belongs.
+struct Placer {
+    ram: Arc<dyn Ram>,
+    /// Of the frame at hand: pages that are not what their deltas are from.
+    mismatched: Vec<(RegionIndex, PageNumber)>,
+    page: Box<[u8; PAGE_SIZE]>,
+    delta: Box<[u8; MAX_DELTA_BYTES]>,
+}
+
+impl Placer {
+    fn new(ram: Arc<dyn Ram>) -> Self {
+        Self {
+            ram,
+            mismatched: Vec::new(),
+            page: Box::new([0; PAGE_SIZE]),
+            delta: Box::new([0; MAX_DELTA_BYTES]),
         }
-        _ => Err(ferry_stream::Error::UnknownEncoding { found: u8::MAX }.into()),
+    }
+
+    fn place(
+        &mut self,
+        record: &Record,
+        data: &mut dyn io::Read,
+        hasher: Hasher,
+    ) -> Result<Hasher, PlaceError> {
+        let region = RegionIndex(record.run.region);
+        let range = PageRange::new(record.run.first, u64::from(record.run.count));
+        if !self.ram.layout().contains(region, range) {
+            return Err(PlaceError::OutsideRam { region, range });
+        }
+        match record.encoding {
+            Encoding::Raw => Ok(self.ram.receive(region, range, data, hasher)?),
+            Encoding::Zero => {
+                self.ram.zero(region, range)?;
+                Ok(hasher)
+            }
+            Encoding::Delta { bytes } => self.apply(region, range, bytes, data, hasher),
+            _ => Err(ferry_stream::Error::UnknownEncoding { found: u8::MAX }.into()),
+        }
+    }
+
+    /// Makes the page at hand what the source has, or leaves it as it is. The delta has checksums of
+    /// its own, so this may be done before the frame's is known.
+    fn apply(
+        &mut self,
+        region: RegionIndex,
+        range: PageRange,
+        bytes: u32,
+        data: &mut dyn io::Read,
+        mut hasher: Hasher,
+    ) -> Result<Hasher, PlaceError> {
+        // A table with a longer one was refused.
+        let length = (bytes as usize).min(MAX_DELTA_BYTES);
+        let delta = &mut self.delta[..length];
+        data.read_exact(delta).map_err(ferry_stream::Error::from)?;
+        hasher.update(delta);
+        self.ram.read(region, range, &mut self.page[..])?;
+        match delta::apply(delta, &mut self.page)? {
+            Applied::Done => self.ram.write(region, range, &self.page[..])?,
+            Applied::Mismatch => self.mismatched.push((region, range.first)),
+        }
+        Ok(hasher)
     }
 }

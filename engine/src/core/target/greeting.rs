@@ -9,7 +9,7 @@ use crate::core::layout::{Layout, Region};
 use crate::core::message::{Action, GuestLeft, Outcome, Phase, Reason, Record};
 
 /// What page frames a target takes.
-const FEATURES: Features = Features::LZ4.union(Features::ZSTD);
+const FEATURES: Features = Features::LZ4.union(Features::ZSTD).union(Features::DELTA);
 
 impl Shared {
     pub(super) fn greet(&mut self, hello: Hello) -> State {
