@@ -21,7 +21,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until, timeout};
 use crate::control::{BoxedConnection, Control, Silence};
 use crate::core::encoding::Compression;
 use crate::core::message::{
-    Action, Command, GuestLeft, Input, Moment, Notice, Outcome, Record, Step,
+    Action, Command, Deltas, GuestLeft, Input, Moment, Notice, Outcome, Record, Step,
 };
 use crate::core::meter::{Progress, Report};
 use crate::core::outcome::in_full;
@@ -148,6 +148,7 @@ impl Driver {
             ram: Arc::clone(&ram),
             pacer: parts.pacer,
             encoder: Arc::new(Encoder::new(parts.compression, clock)),
+            bases: Arc::default(),
             counters: Arc::new(Counters::default()),
             fresh: Arc::default(),
             shares: Arc::default(),
@@ -269,12 +270,14 @@ impl Driver {
                 pages,
                 zeros,
                 rewritten,
+                deltas,
                 pace,
-            } => lock(&self.senders).copy(RoundOrder {
+            } => self.copy(RoundOrder {
                 round,
                 pages,
                 zeros,
                 rewritten,
+                deltas,
                 pace,
             }),
             Action::Flush => {
@@ -296,6 +299,15 @@ impl Driver {
             // The other orders are a target's; the source's machine never gives them.
             other => tracing::error!(?other, "an order that no source has"),
         }
+    }
+
+    /// Before a round nobody is at work on one: the lanes have ended the last, and the dead ones have
+    /// been waited for.
+    fn copy(&self, order: RoundOrder) {
+        if order.deltas != Deltas::On {
+            self.outfit.bases.forget();
+        }
+        lock(&self.senders).copy(order);
     }
 
     /// Asks the target over a connection of its own, which is fenced by the session alone.

@@ -104,10 +104,13 @@ pub trait Ram: Send + Sync {
     /// The regions. Constant for the life of the value.
     fn layout(&self) -> &Layout;
 
-    /// Source: copies `range` into `into`, which is exactly as long.
+    /// Copies `range` into `into`, which is exactly as long.
     ///
-    /// The guest may be writing: bytes may be torn, never older than the call. A page that the VMM
-    /// has not allocated reads as zeros and stays unallocated.
+    /// Source: the guest may be writing: bytes may be torn, never older than the call. A page that the
+    /// VMM has not allocated reads as zeros and stays unallocated.
+    ///
+    /// Target: gives what was blanked, written, received or zeroed there last. A page that is told by
+    /// how it differs from that is read, changed and written.
     fn read(&self, region: RegionIndex, range: PageRange, into: &mut [u8]) -> Result<(), VmmError>;
 
     /// Source: tells `found` every run that may hold anything but zeros, in order.

@@ -39,6 +39,7 @@ impl Message {
             Self::LaneLost { .. } => Kind::LaneLost,
             Self::Fence(_) => Kind::Fence,
             Self::Fenced { .. } => Kind::Fenced,
+            Self::Mismatch { .. } => Kind::Mismatch,
             Self::Ahead { .. } => Kind::Ahead,
             Self::Ping => Kind::Ping,
             Self::Inquire => Kind::Inquire,
@@ -97,6 +98,17 @@ impl Message {
                 out.put_u64_le(*frames);
                 out.put_u64_le(*pages);
             }
+            Self::Mismatch {
+                lane,
+                round,
+                region,
+                page,
+            } => {
+                put_lane(out, *lane);
+                out.put_u32_le(round.0);
+                out.put_u16_le(*region);
+                out.put_u64_le(*page);
+            }
             Self::Ahead { region, runs } => put_ahead(out, *region, runs),
             Self::Returned { reason } => put_text(out, &clean(reason)),
             Self::Answer(verdict) => out.put_u8(match verdict {
@@ -145,6 +157,13 @@ impl Message {
             }
             Self::LaneLost { lane, .. } | Self::Fence(lane) | Self::Fenced { lane, .. } => {
                 check_lane(kind, *lane)
+            }
+            Self::Mismatch {
+                lane, round, page, ..
+            } => {
+                check_lane(kind, *lane)?;
+                bounded(kind, "the round", round.0, 1, u32::MAX)?;
+                bounded(kind, "the page", *page, 0, PAGE_NUMBER_END - 1)
             }
             Self::Ahead { region, runs } => check_ahead(*region, runs),
             Self::Prepared

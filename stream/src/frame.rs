@@ -68,6 +68,8 @@ pub enum Kind {
     Fence = 18,
     /// [`Message::Fenced`](crate::message::Message::Fenced)
     Fenced = 19,
+    /// [`Message::Mismatch`](crate::message::Message::Mismatch)
+    Mismatch = 20,
     /// [`Message::Ahead`](crate::message::Message::Ahead)
     Ahead = 21,
     /// Pages; see [`pages`](crate::pages).
@@ -98,6 +100,7 @@ impl Kind {
         Self::LaneLost,
         Self::Fence,
         Self::Fenced,
+        Self::Mismatch,
         Self::Ahead,
         Self::Pages,
         Self::RoundEnd,
@@ -125,6 +128,7 @@ impl Kind {
             Self::LaneLost => 6 + MAX_TEXT,
             Self::Fence | Self::Ready | Self::Running => 4,
             Self::Fenced => 20,
+            Self::Mismatch => 18,
             Self::Ahead => 4 + MAX_AHEAD_RUNS * AHEAD_RUN_BYTES,
             Self::Prepared | Self::Paused | Self::Finished | Self::Ping | Self::Inquire => 0,
             Self::Pages => PREFIX_BYTES + MAX_RECORDS * RECORD_BYTES + MAX_PAGE_DATA,

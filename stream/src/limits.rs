@@ -49,6 +49,11 @@ pub(crate) const AHEAD_RUN_BYTES: usize = 16;
 /// Most bytes of a delta: with a longer one its page had better travel as it is.
 pub const MAX_DELTA_BYTES: usize = PAGE_BYTES / 2;
 
+/// Most pages that a source may tell others from: it keeps what it sent of so many at one time, and
+/// after a round in which one did not match tells no more deltas. So many mismatches are the most that
+/// a target has to tell.
+pub const MAX_BASES: u32 = 4096;
+
 /// Most pages in one zero record: it costs the wire nothing, but the receiver time.
 pub const MAX_ZERO_PAGES: u32 = 1 << 16;
 

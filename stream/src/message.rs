@@ -385,6 +385,18 @@ pub enum Message {
         /// Pages of them that came after the lane's last end of a round.
         pages: u64,
     },
+    /// T→S, before the [`Message::RoundDone`] of its round. A delta was not from what stands in that
+    /// page here: the page is as it was before, and has to be sent again.
+    Mismatch {
+        /// The lane on which it came.
+        lane: LaneId,
+        /// The round in which it came.
+        round: Round,
+        /// The page's region, by its position in the offer.
+        region: u16,
+        /// The page, counted from the region's start.
+        page: u64,
+    },
     /// S→T, with [`Features::AHEAD`]. In these pages of a region there is data, which will come on the
     /// page lanes: room may be made for them. Nothing depends on it, and not all data need be told.
     Ahead {
@@ -428,6 +440,7 @@ impl Message {
             Self::LaneLost { .. } => "LaneLost",
             Self::Fence(_) => "Fence",
             Self::Fenced { .. } => "Fenced",
+            Self::Mismatch { .. } => "Mismatch",
             Self::Ahead { .. } => "Ahead",
             Self::Ping => "Ping",
             Self::Inquire => "Inquire",

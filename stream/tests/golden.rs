@@ -141,6 +141,15 @@ fn messages() -> Vec<(&'static str, Message)> {
             },
         ),
         (
+            "mismatch",
+            Message::Mismatch {
+                lane: SECOND,
+                round: Round(3),
+                region: 1,
+                page: 0x1234_5678,
+            },
+        ),
+        (
             "ahead",
             Message::Ahead {
                 region: 1,

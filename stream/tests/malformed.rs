@@ -211,6 +211,20 @@ fn what_breaks_a_limit_is_not_sent() {
         pages: 0,
     };
     assert_error!(encode(&no_round) => BadField { found: 0, .. });
+    let lane = LaneId::first(LANE);
+    for (lane, round, page) in [
+        (LaneId::first(LaneIndex::CONTROL), 1, 0),
+        (lane, 0, 0),
+        (lane, 1, PAGE_NUMBER_END),
+    ] {
+        let mismatch = Message::Mismatch {
+            lane,
+            round: Round(round),
+            region: 0,
+            page,
+        };
+        assert_error!(encode(&mismatch) => BadField { kind: Kind::Mismatch, .. });
+    }
 }
 
 #[test]
@@ -261,6 +275,18 @@ fn other_control_payloads() {
         decode(Kind::Ahead, &beyond) => BadField { field: "a run's first page", .. }
     );
     assert_error!(decode(Kind::Pages, &[]) => MisplacedKind { .. });
+    let mismatch = [1, 0, 0, 0, 2, 0, 0, 0, 1, 0, 9, 0, 0, 0, 0, 0, 0, 0];
+    assert!(decode(Kind::Mismatch, &mismatch).is_ok());
+    let changed = |at: usize, value| {
+        let mut bytes = mismatch;
+        bytes[at] = value;
+        decode(Kind::Mismatch, &bytes)
+    };
+    assert_error!(changed(0, 0) => BadField { field: "the lane", found: 0, .. });
+    assert_error!(changed(4, 0) => BadField { field: "the round", found: 0, .. });
+    assert_error!(changed(16, 16) => BadField { field: "the page", .. });
+    assert_error!(decode(Kind::Mismatch, &mismatch[..17]) => ShortPayload { .. });
+    assert_error!(decode(Kind::Mismatch, &[&mismatch[..], &[0]].concat()) => TrailingBytes { .. });
     let shown = decode(Kind::Abort, b"\x05\x00\x06\x00\x1b[2Jok").unwrap();
     let text = " [2Jok".into();
     let code = AbortCode::Busy;

@@ -142,6 +142,14 @@ fn message() -> impl Strategy<Value = Message> {
             frames,
             pages,
         }),
+        (lane(), 1_u32.., any::<u16>(), 0..PAGE_NUMBER_END).prop_map(
+            |(lane, round, region, page)| Message::Mismatch {
+                lane,
+                round: Round(round),
+                region,
+                page,
+            }
+        ),
         (0..512_u16, data_runs()).prop_map(|(region, runs)| Message::Ahead { region, runs }),
         "[a-zé ]{0,300}".prop_map(|reason| Message::Returned { reason }),
         (any::<u16>(), "[a-zé ]{0,300}").prop_map(|(code, text)| Message::Abort {

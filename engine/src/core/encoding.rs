@@ -42,13 +42,13 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// What the target must be able to unpack.
+    /// What the target must be able to unpack. Whoever wants fewer bytes wants deltas as well.
     pub fn features(self) -> Features {
         match self {
-            Self::Auto => Features::LZ4.union(Features::ZSTD),
+            Self::Auto => Features::LZ4.union(Features::ZSTD).union(Features::DELTA),
             Self::None => Features::NONE,
-            Self::Lz4 => Features::LZ4,
-            Self::Zstd => Features::ZSTD,
+            Self::Lz4 => Features::LZ4.union(Features::DELTA),
+            Self::Zstd => Features::ZSTD.union(Features::DELTA),
         }
     }
 }
@@ -112,7 +112,11 @@ pub struct EncodingTotals {
     pub lz4_pages: u64,
     /// Pages packed with Zstandard.
     pub zstd_pages: u64,
-    /// Bytes of all these pages before packing.
+    /// Pages told by how they differ from what was sent before, none of which is among the others.
+    pub delta_pages: u64,
+    /// Bytes that those were shorter by, before packing.
+    pub delta_saved_bytes: u64,
+    /// Bytes of all these pages, before anything was done to make them fewer.
     pub data_bytes: u64,
     /// Bytes that were sent for them.
     pub sent_bytes: u64,
@@ -193,6 +197,10 @@ const PROBE_PERIOD: Duration = Duration::from_millis(200);
 
 /// Bytes of a chunk that a probe packs.
 pub(crate) const PROBE_BYTES: usize = 64 << 10;
+
+/// Bytes of pages of which one core finds the differences in a second, and keeps them for next time:
+/// what is left of that with a guest and others at work. A link that carries as many needs no deltas.
+const DELTA_SPEED: f64 = 400e6;
 
 /// What is known of a way to pack: at first what is usual for a mixture of a guest's pages.
 #[derive(Clone, Copy, Debug)]
@@ -319,6 +327,13 @@ impl Chooser {
     /// True when nothing can ever be packed.
     pub(crate) fn is_idle(&self) -> bool {
         self.candidates.is_empty()
+    }
+
+    /// Whether the link is known, and carries fewer pages than the cores could tell as deltas.
+    pub(crate) fn is_slower_than_deltas(&self) -> bool {
+        let cores = self.packers * self.share;
+        let link = self.link_rate().filter(|_| !self.is_idle());
+        link.is_some_and(|link| link * MARGIN < cores * DELTA_SPEED)
     }
 
     /// How chunks are packed now; none when they are sent as they are.

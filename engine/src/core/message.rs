@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ferry_stream::message::{LaneId, Message, Round, Run, Verdict};
 
-use crate::core::layout::PAGE_SIZE;
+use crate::core::layout::{PAGE_SIZE, PageNumber, RegionIndex};
 pub use crate::core::outcome::{Failure, GuestLeft, Notice, Outcome, Phase, Reason, Step};
 use crate::core::pageset::PageSet;
 use crate::vmm::{GuestEvent, Inventory, PauseFor, Rearm, RunState};
@@ -41,6 +41,8 @@ pub struct LaneTotals {
     pub skipped_pages: u64,
     /// Pages left out, because the guest had written them again before their turn came.
     pub fresh_pages: u64,
+    /// Bytes that pages told as deltas were shorter by.
+    pub saved_bytes: u64,
     /// Bytes written to the lanes, headers included.
     pub bytes: u64,
     /// Time that lanes waited for the bandwidth that was asked for.
@@ -49,9 +51,13 @@ pub struct LaneTotals {
 
 impl LaneTotals {
     /// Bytes of the pages that were told with their bytes, before packing.
+    ///
+    /// A page told as a delta counts by its delta. It says nothing of how fast others travel, and
+    /// what is predicted of the blackout must hold for pages of which nothing was kept.
     pub fn data_bytes(&self) -> u64 {
         let zeros_told = self.zero_pages.saturating_sub(self.skipped_pages);
-        self.pages.saturating_sub(zeros_told) * PAGE_SIZE as u64
+        let whole = self.pages.saturating_sub(zeros_told) * PAGE_SIZE as u64;
+        whole.saturating_sub(self.saved_bytes)
     }
 
     /// Pages that were looked at, told or not.
@@ -110,6 +116,20 @@ pub enum Rewritten {
     LeaveOut,
     /// They are sent: nothing is collected for them any more, or the guest stands.
     Send,
+}
+
+/// Whether pages of a round may be told by how they differ from what was sent of them before.
+///
+/// Rounds are barriers: what a round has sent is in place when it is done, and may be relied on from
+/// the next one on. What lanes that have died since did not bring is no such thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deltas {
+    /// No. What was kept of earlier rounds is forgotten.
+    Off,
+    /// Not in this round: what was kept is forgotten, and what is sent now may be kept for later ones.
+    Anew,
+    /// From what was kept of earlier rounds.
+    On,
 }
 
 /// Whether the bandwidth limit holds for a round.
@@ -253,6 +273,18 @@ pub enum Input {
         /// Frames of the lane up to and with this end.
         frames: u64,
     },
+    /// Target: a delta was not from what stands in its page, which is as it was. Told when the frame
+    /// is in place, before the end of the lane's round.
+    Mismatched {
+        /// The lane on which it came.
+        lane: LaneId,
+        /// The round in which it came.
+        round: Round,
+        /// The page's region.
+        region: RegionIndex,
+        /// The page.
+        page: PageNumber,
+    },
     /// Target: a lane's worker has ended, and writes nothing any more.
     LaneEnded {
         /// Which.
@@ -351,6 +383,8 @@ pub enum Action {
         zeros: ZeroPages,
         /// Whether pages may be left out.
         rewritten: Rewritten,
+        /// Whether pages may be told as deltas.
+        deltas: Deltas,
         /// Whether the bandwidth limit holds.
         pace: Pace,
     },

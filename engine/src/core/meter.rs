@@ -445,6 +445,20 @@ mod tests {
     }
 
     #[test]
+    fn deltas_do_not_make_the_link_seem_faster() {
+        let mut meter = Meter::default();
+        meter.begin_round(ms(0), Round(3), 10_000);
+        meter.sent(LaneTotals {
+            pages: 10_000,
+            saved_bytes: 9000 * 4096,
+            bytes: 1000 * 4096,
+            ..LaneTotals::default()
+        });
+        meter.end_round(ms(1000));
+        assert_eq!(meter.rate(ms(1000)), 1000 * 4096);
+    }
+
+    #[test]
     fn the_slowest_of_late_is_what_comes_next() {
         let mut meter = Meter::default();
         for (took, expected) in [(9, 9), (2, 9), (3, 9), (4, 4)] {

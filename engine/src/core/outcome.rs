@@ -10,6 +10,7 @@ use std::time::Duration;
 use ferry_stream::message::LaneId;
 
 pub use self::reason::{Reason, in_full};
+use crate::core::layout::{PageNumber, RegionIndex};
 use crate::vmm::RunState;
 
 /// The steps that can fail, as people would name them.
@@ -122,6 +123,15 @@ pub enum Notice {
         lane: LaneId,
         /// How that showed.
         what: String,
+    },
+    /// A delta did not fit what the target has of its page. It is sent again, and no delta any more.
+    Mismatch {
+        /// The lane on which it came.
+        lane: LaneId,
+        /// The page's region.
+        region: RegionIndex,
+        /// The page.
+        page: PageNumber,
     },
     /// Something that does not change the outcome went wrong.
     Leftover(String),

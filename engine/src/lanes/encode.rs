@@ -10,6 +10,7 @@ use ferry_stream::message::{Features, Round};
 use ferry_stream::pages::{Effort, Packer, PageFrame};
 use nix::time::{ClockId, clock_gettime};
 
+use super::deltas::{Thrift, Told};
 use crate::core::encoding::{
     Advice, Chooser, Compression, EncodingTotals, Haste, PROBE_BYTES, Sending, Trial,
 };
@@ -51,6 +52,8 @@ struct Tally {
     raw_pages: AtomicU64,
     lz4_pages: AtomicU64,
     zstd_pages: AtomicU64,
+    delta_pages: AtomicU64,
+    delta_saved_bytes: AtomicU64,
     data_bytes: AtomicU64,
     sent_bytes: AtomicU64,
     cpu_nanos: AtomicU64,
@@ -83,8 +86,20 @@ impl Encoder {
         self.hurried.store(true, Ordering::Release);
     }
 
-    /// Packs `frame`, which goes to `lane` next, where that lets its pages arrive earlier.
-    pub(crate) fn encode(&self, frame: &mut PageFrame, lane: OnLane<'_>) {
+    /// Whether pages would arrive earlier if there were fewer bytes, with all lanes held to `bandwidth`.
+    pub(super) fn thrift(&self, bandwidth: Option<u64>) -> Thrift {
+        let mut chooser = lock(&self.chooser);
+        chooser.limit(bandwidth);
+        if chooser.is_slower_than_deltas() {
+            Thrift::Pays
+        } else {
+            Thrift::IsIdle
+        }
+    }
+
+    /// Packs `frame`, of which some pages are `told` as deltas, and which goes to `lane` next, where
+    /// that lets its pages arrive earlier.
+    pub(super) fn encode(&self, frame: &mut PageFrame, told: Told, lane: OnLane<'_>) {
         let data_bytes = frame.data().len() as u64;
         if data_bytes == 0 {
             return;
@@ -94,15 +109,22 @@ impl Encoder {
         if !lock(&self.chooser).is_idle() {
             packing = self.pack(frame, &lane);
         }
-        let pages = data_bytes.div_ceil(PAGE_SIZE as u64);
+        let pages = data_bytes.saturating_sub(told.bytes) / PAGE_SIZE as u64;
         let tally = &self.tally;
+        let saved_bytes = told.saved_bytes();
+        tally.delta_pages.fetch_add(told.pages, Ordering::Relaxed);
+        tally
+            .delta_saved_bytes
+            .fetch_add(saved_bytes, Ordering::Relaxed);
         let packed_pages = match packing {
             None => &tally.raw_pages,
             Some(Effort::Lz4) => &tally.lz4_pages,
             Some(Effort::Zstd(_)) => &tally.zstd_pages,
         };
         packed_pages.fetch_add(pages, Ordering::Relaxed);
-        tally.data_bytes.fetch_add(data_bytes, Ordering::Relaxed);
+        tally
+            .data_bytes
+            .fetch_add(data_bytes + saved_bytes, Ordering::Relaxed);
         let sent_bytes = frame.data().len() as u64;
         tally.sent_bytes.fetch_add(sent_bytes, Ordering::Relaxed);
         let spent = cpu_time().saturating_sub(began).as_nanos();
@@ -183,10 +205,14 @@ impl Encoder {
         });
     }
 
-    /// Lets the chooser know how `pack` did with `before` bytes, of which it says how many are left.
+    /// Lets the chooser know how `pack` did with `before` bytes, of which it says how many are left. A
+    /// few, as of a chunk of deltas, tell more of how a packer begins than of how it goes on.
     fn measure(&self, effort: Effort, before: usize, pack: impl FnOnce() -> usize) {
         let (began, cpu) = (self.clock.now(), cpu_time());
         let after = pack();
+        if before < PROBE_BYTES {
+            return;
+        }
         let trial = Trial {
             effort,
             before: before as u64,
@@ -205,6 +231,8 @@ impl Encoder {
             raw_pages: read(&tally.raw_pages),
             lz4_pages: read(&tally.lz4_pages),
             zstd_pages: read(&tally.zstd_pages),
+            delta_pages: read(&tally.delta_pages),
+            delta_saved_bytes: read(&tally.delta_saved_bytes),
             data_bytes: read(&tally.data_bytes),
             sent_bytes: read(&tally.sent_bytes),
             cpu: Duration::from_nanos(read(&tally.cpu_nanos)),
@@ -218,7 +246,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The lane that a frame goes to.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct OnLane<'a> {
+pub(super) struct OnLane<'a> {
     /// Its number.
     pub(crate) index: usize,
     /// The round at work.

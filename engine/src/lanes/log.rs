@@ -131,7 +131,7 @@ mod tests {
 
     use super::*;
     use crate::core::layout::{Layout, PageRange, Region, RegionIndex};
-    use crate::core::message::{Pace, Rewritten, ZeroPages};
+    use crate::core::message::{Deltas, Pace, Rewritten, ZeroPages};
     use crate::lanes::send::CHUNK_PAGES;
     use crate::lanes::send::RoundOrder;
 
@@ -155,6 +155,7 @@ mod tests {
             pages: Arc::new(pages.clone()),
             zeros: ZeroPages::Tell,
             rewritten: Rewritten::Send,
+            deltas: Deltas::Off,
             pace: Pace::Limited,
         }));
         let mut log = Log::default();

@@ -7,12 +7,14 @@ use std::thread;
 
 use crc32fast::Hasher;
 use ferry_stream::lane::{Incoming, PageLaneReader};
+use ferry_stream::limits::MAX_DELTA_BYTES;
 use ferry_stream::link::{Closer, Lane};
 use ferry_stream::message::LaneId;
+use ferry_stream::pages::delta::{self, Applied};
 use ferry_stream::pages::{Encoding, Record};
 
 use super::{PanicWatch, is_death};
-use crate::core::layout::{PageRange, RegionIndex};
+use crate::core::layout::{PAGE_SIZE, PageNumber, PageRange, RegionIndex};
 use crate::core::message::{Failure, Input, LaneSeen, Step};
 use crate::core::outcome::in_full;
 use crate::vmm::{Ram, RamWindow, VmmError};
@@ -68,7 +70,7 @@ impl Receivers {
                 seen: Arc::clone(&seen),
             },
             reader: PageLaneReader::new(id),
-            place,
+            placer: Placer::new(place),
             facts: facts.clone(),
             over: Arc::clone(&over),
         };
@@ -161,7 +163,7 @@ struct Receiver {
     id: LaneId,
     lane: Counted,
     reader: PageLaneReader,
-    place: Place,
+    placer: Placer,
     facts: Facts,
     over: Arc<AtomicBool>,
 }
@@ -192,8 +194,18 @@ impl Receiver {
     fn next(&mut self) -> Result<Option<Input>, PlaceError> {
         let (round, pages) = match self.reader.next(&mut self.lane)? {
             Incoming::Pages(body) => {
-                let place = &self.place;
-                body.place(|record, data, hasher| place.put(record, data, hasher))?;
+                let placer = &mut self.placer;
+                let placed =
+                    body.place(|record, data, hasher| placer.place(record, data, hasher))?;
+                // Only now: in a corrupt frame it would be the frame's fault.
+                for (region, page) in self.placer.mismatched.drain(..) {
+                    self.facts.tell(Input::Mismatched {
+                        lane: self.id,
+                        round: placed.round,
+                        region,
+                        page,
+                    });
+                }
                 return Ok(None);
             }
             Incoming::RoundEnd { round, pages } => (round, pages),
@@ -242,29 +254,73 @@ impl Read for Counted {
     }
 }
 
-impl Place {
-    /// Puts the pages of one record into guest RAM.
-    fn put(
-        &self,
+/// Puts what comes where it belongs.
+struct Placer {
+    place: Place,
+    /// Of the frame at hand: pages that are not what their deltas are from.
+    mismatched: Vec<(RegionIndex, PageNumber)>,
+    page: Box<[u8; PAGE_SIZE]>,
+    delta: Box<[u8; MAX_DELTA_BYTES]>,
+}
+
+impl Placer {
+    fn new(place: Place) -> Self {
+        Self {
+            place,
+            mismatched: Vec::new(),
+            page: Box::new([0; PAGE_SIZE]),
+            delta: Box::new([0; MAX_DELTA_BYTES]),
+        }
+    }
+
+    fn place(
+        &mut self,
         record: &Record,
         data: &mut dyn io::Read,
         hasher: Hasher,
     ) -> Result<Hasher, PlaceError> {
         let region = RegionIndex(record.run.region);
         let range = PageRange::new(record.run.first, u64::from(record.run.count));
-        if !self.ram.layout().contains(region, range) {
+        if !self.place.ram.layout().contains(region, range) {
             return Err(PlaceError::OutsideRam { region, range });
         }
         match record.encoding {
-            Encoding::Raw => return Ok(self.ram.receive(region, range, data, hasher)?),
-            Encoding::Zero => self.ram.zero(region, range)?,
+            Encoding::Raw => Ok(self.place.ram.receive(region, range, data, hasher)?),
+            Encoding::Zero => {
+                self.place.ram.zero(region, range)?;
+                Ok(hasher)
+            }
             Encoding::Shared => {
-                let windows = self.windows.as_deref().unwrap_or_default();
+                let windows = self.place.windows.as_deref().unwrap_or_default();
                 let window = windows.get(usize::from(region.0));
                 let window = window.ok_or(PlaceError::NotShared { region, range })?;
-                self.ram.fetch(region, range, window)?;
+                self.place.ram.fetch(region, range, window)?;
+                Ok(hasher)
             }
-            _ => return Err(ferry_stream::Error::UnknownEncoding { found: u8::MAX }.into()),
+            Encoding::Delta { bytes } => self.apply(region, range, bytes, data, hasher),
+            _ => Err(ferry_stream::Error::UnknownEncoding { found: u8::MAX }.into()),
+        }
+    }
+
+    /// Makes the page at hand what the source has, or leaves it as it is. The delta has checksums of
+    /// its own, so this may be done before the frame's is known.
+    fn apply(
+        &mut self,
+        region: RegionIndex,
+        range: PageRange,
+        bytes: u32,
+        data: &mut dyn io::Read,
+        mut hasher: Hasher,
+    ) -> Result<Hasher, PlaceError> {
+        // A table with a longer one was refused.
+        let length = (bytes as usize).min(MAX_DELTA_BYTES);
+        let delta = &mut self.delta[..length];
+        data.read_exact(delta).map_err(ferry_stream::Error::from)?;
+        hasher.update(delta);
+        self.place.ram.read(region, range, &mut self.page[..])?;
+        match delta::apply(delta, &mut self.page)? {
+            Applied::Done => self.place.ram.write(region, range, &self.page[..])?,
+            Applied::Mismatch => self.mismatched.push((region, range.first)),
         }
         Ok(hasher)
     }

@@ -13,11 +13,13 @@ use ferry_stream::limits::MAX_RECORDS;
 use ferry_stream::link::{Closer, Lane};
 use ferry_stream::message::{LaneId, Round};
 
+use super::bases::Bases;
+use super::deltas::Told;
 use super::encode::Encoder;
 use super::log::{Log, ReclaimError};
 use super::sender::Sender;
 use crate::core::layout::{PageRange, RegionIndex};
-use crate::core::message::{LaneTotals, Pace, Reclaimed, Rewritten, ZeroPages};
+use crate::core::message::{Deltas, LaneTotals, Pace, Reclaimed, Rewritten, ZeroPages};
 use crate::core::pageset::{Cursor, PageSet};
 use crate::pacer::Pacer;
 use crate::vmm::{Fresh, Ram};
@@ -39,6 +41,7 @@ pub(crate) struct Counters {
     skipped_pages: AtomicU64,
     shared_pages: AtomicU64,
     pub(super) fresh_pages: AtomicU64,
+    saved_bytes: AtomicU64,
     pub(super) bytes: AtomicU64,
     pub(super) waited_ns: AtomicU64,
 }
@@ -52,18 +55,22 @@ pub(super) struct Dealt {
     pub(super) zero: u64,
     /// Zero, and not told.
     pub(super) skipped: u64,
+    /// Told as deltas.
+    pub(super) told: Told,
     /// Told without bytes: the target takes them from here.
     pub(super) shared: u64,
 }
 
 impl Counters {
-    /// A frame has left, or a chunk of which nothing is told was looked at. Zero pages come last, and
-    /// are read first: they never seem to be more than the pages that they are among.
+    /// A frame has left, or a chunk of which nothing is told was looked at. Zero pages and deltas come
+    /// last, and are read first: they never seem to be more than the pages that they are among.
     pub(super) fn count(&self, dealt: Dealt, bytes: u64) {
         self.skipped_pages
             .fetch_add(dealt.skipped, Ordering::AcqRel);
         self.pages.fetch_add(dealt.pages, Ordering::AcqRel);
         self.zero_pages.fetch_add(dealt.zero, Ordering::AcqRel);
+        self.saved_bytes
+            .fetch_add(dealt.told.saved_bytes(), Ordering::AcqRel);
         self.shared_pages.fetch_add(dealt.shared, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::AcqRel);
     }
@@ -77,6 +84,7 @@ impl Counters {
         let zero_pages = self.zero_pages.load(Ordering::Acquire);
         LaneTotals {
             zero_pages,
+            saved_bytes: self.saved_bytes.load(Ordering::Acquire),
             pages: self.pages.load(Ordering::Acquire),
             skipped_pages: self.skipped_pages.load(Ordering::Acquire),
             fresh_pages: self.fresh_pages.load(Ordering::Acquire),
@@ -92,6 +100,7 @@ pub(crate) struct Outfit {
     pub(crate) ram: Arc<dyn Ram>,
     pub(crate) pacer: Arc<Pacer>,
     pub(crate) encoder: Arc<Encoder>,
+    pub(crate) bases: Arc<Bases>,
     pub(crate) counters: Arc<Counters>,
     /// Set when tracking has begun.
     pub(crate) fresh: Arc<OnceLock<Arc<dyn Fresh>>>,
@@ -113,6 +122,7 @@ pub(crate) struct RoundOrder {
     pub(crate) pages: Arc<PageSet>,
     pub(crate) zeros: ZeroPages,
     pub(crate) rewritten: Rewritten,
+    pub(crate) deltas: Deltas,
     pub(crate) pace: Pace,
 }
 
@@ -122,6 +132,7 @@ pub(super) struct Queue {
     pages: Arc<PageSet>,
     pub(super) zeros: ZeroPages,
     pub(super) rewritten: Rewritten,
+    pub(super) deltas: Deltas,
     pub(super) pace: Pace,
     cursor: Mutex<Cursor>,
 }
@@ -133,6 +144,7 @@ impl Queue {
             pages: order.pages,
             zeros: order.zeros,
             rewritten: order.rewritten,
+            deltas: order.deltas,
             pace: order.pace,
             cursor: Mutex::default(),
         }

@@ -10,12 +10,13 @@ use ferry_stream::link::Lane;
 use ferry_stream::message::{LaneId, Round};
 use ferry_stream::pages::{PageFrame, PageRun, Zeros};
 
+use super::deltas::{Differ, Told};
 use super::encode::OnLane;
 use super::fresh::Looks;
 use super::log::Log;
 use super::send::{CHUNK_PAGES, CHUNK_RUNS, Dealt, Outfit, Queue, Run};
 use super::{PanicWatch, is_death};
-use crate::core::layout::PAGE_SIZE;
+use crate::core::layout::{PAGE_SIZE, PageRange};
 use crate::core::message::{Failure, Input, Pace, Rewritten, Step, ZeroPages};
 use crate::core::outcome::in_full;
 use crate::vmm::VmmError;
@@ -47,6 +48,7 @@ pub(super) struct Sender {
     outfit: Outfit,
     log: Log,
     looks: Looks,
+    differ: Differ,
     /// Set when this side ends the lane: that it ends is no news then.
     cut: Arc<AtomicBool>,
 }
@@ -64,6 +66,7 @@ impl Sender {
             writer: PageLaneWriter::new(id),
             frame: PageFrame::new(CHUNK_PAGES),
             looks: Looks::new(Arc::clone(&outfit.fresh)),
+            differ: Differ::new(Arc::clone(&outfit.bases)),
             outfit,
             log: Log::default(),
             cut,
@@ -111,7 +114,7 @@ impl Sender {
                 counter.fetch_add(left_out, Ordering::AcqRel);
             }
             let dealt = self.fill(queue, runs)?;
-            self.encode(queue.round);
+            self.encode(queue.round, dealt.told);
             self.log.tell(dealt.pages);
             if queue.pace == Pace::Limited {
                 self.pay(dealt);
@@ -133,7 +136,7 @@ impl Sender {
         Ok(())
     }
 
-    fn encode(&mut self, round: Round) {
+    fn encode(&mut self, round: Round, told: Told) {
         if self.frame.data().is_empty() {
             return;
         }
@@ -143,7 +146,7 @@ impl Sender {
             socket: self.lane.socket(),
             bandwidth: self.outfit.pacer.limit(),
         };
-        self.outfit.encoder.encode(&mut self.frame, lane);
+        self.outfit.encoder.encode(&mut self.frame, told, lane);
     }
 
     /// Pays for what leaves, and for shared pages as if they did: whoever asks for a limit wants the
@@ -191,23 +194,46 @@ impl Sender {
         })
     }
 
-    /// Copies the runs from guest RAM into the frame, without their zero pages.
+    /// Copies the runs from guest RAM into the frame, without their zero pages, and with what changed of
+    /// those of which something is kept.
     fn fill_copied(&mut self, queue: &Queue, runs: &[Run]) -> Result<Dealt, Broken> {
         let mut dealt = Dealt::default();
         let zeros = match queue.zeros {
             ZeroPages::Tell => Zeros::Tell,
             ZeroPages::Skip => Zeros::Skip,
         };
+        let (encoder, pacer) = (&self.outfit.encoder, &self.outfit.pacer);
+        self.differ
+            .begin(queue.round, queue.deltas, || encoder.thrift(pacer.limit()));
         for &run in runs {
-            let into = self.frame.push_raw(page_run(run))?;
-            self.outfit.ram.read(run.region, run.range, into)?;
-            dealt.zero += self.frame.elide_zeros(zeros);
+            let mut rest = run.range;
+            while !rest.is_empty() {
+                let piece = self.differ.piece(Run { range: rest, ..run });
+                rest = PageRange::new(piece.end().0, rest.count - piece.count);
+                let piece = Run {
+                    range: piece,
+                    ..run
+                };
+                dealt.zero += self.fill_piece(piece, zeros)?;
+            }
         }
+        dealt.told = self.differ.finish();
         if zeros == Zeros::Skip {
             dealt.skipped = dealt.zero;
         }
         dealt.pages = self.frame.pages();
         Ok(dealt)
+    }
+
+    /// Copies pages that are told alike; returns how many of them are zero.
+    fn fill_piece(&mut self, piece: Run, zeros: Zeros) -> Result<u64, Broken> {
+        let Run { region, range } = piece;
+        let bytes = self.frame.push_raw(page_run(piece))?;
+        self.outfit.ram.read(region, range, bytes)?;
+        self.differ.note(piece, bytes);
+        let zero = self.frame.elide_zeros(zeros);
+        self.differ.tell(&mut self.frame);
+        Ok(zero)
     }
 }
 

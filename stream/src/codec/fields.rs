@@ -88,6 +88,12 @@ impl Fields {
                 frames: self.u64()?,
                 pages: self.u64()?,
             },
+            Kind::Mismatch => Message::Mismatch {
+                lane: self.lane()?,
+                round: Round(self.u32()?),
+                region: self.u16()?,
+                page: self.u64()?,
+            },
             Kind::Ahead => Message::Ahead {
                 region: self.u16()?,
                 runs: self.data_runs()?,

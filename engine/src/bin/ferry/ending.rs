@@ -145,6 +145,10 @@ struct JsonCompression {
     pages_raw: u64,
     pages_lz4: u64,
     pages_zstd: u64,
+    /// Told by how they differ from what was sent before.
+    pages_delta: u64,
+    /// What that saved, before packing.
+    bytes_saved_delta: u64,
     cpu_ms: f64,
 }
 
@@ -155,6 +159,8 @@ impl From<&EncodingTotals> for JsonCompression {
             pages_raw: totals.raw_pages,
             pages_lz4: totals.lz4_pages,
             pages_zstd: totals.zstd_pages,
+            pages_delta: totals.delta_pages,
+            bytes_saved_delta: totals.delta_saved_bytes,
             cpu_ms: ms(totals.cpu),
         }
     }

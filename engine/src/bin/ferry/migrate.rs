@@ -163,6 +163,11 @@ pub(crate) fn tell(notice: &Notice) {
         Notice::LaneLost { lane, what } => {
             format!("page {lane} was lost, the others go on: {what}")
         }
+        Notice::Mismatch { lane, region, page } => format!(
+            "page {} of {region} came on page {lane} as a change of something that the target does \
+             not have: it is sent again, and every page as a whole from now on",
+            page.0
+        ),
         Notice::Leftover(text) => text.clone(),
         _ => return,
     };

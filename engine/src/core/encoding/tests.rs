@@ -130,6 +130,29 @@ fn a_slow_link_gets_packed_pages_soon() {
 }
 
 #[test]
+fn deltas_are_for_a_link_that_is_known_to_be_slow() {
+    let mut run = Run::new(Compression::Auto);
+    assert!(!run.chooser.is_slower_than_deltas(), "nobody knows yet");
+    run.send(0.1, GIGABIT);
+    assert!(run.chooser.is_slower_than_deltas());
+    let fast = World {
+        link: 2.5e9,
+        ..GIGABIT
+    };
+    let mut run = Run::new(Compression::Auto);
+    run.send(2.0, fast);
+    assert!(!run.chooser.is_slower_than_deltas());
+    // A limit says what the link is worth before a byte was sent.
+    run.chooser.limit(Some(50_000_000));
+    assert!(run.chooser.is_slower_than_deltas());
+    run.chooser.limit(None);
+    assert!(!run.chooser.is_slower_than_deltas());
+    let mut none = Run::new(Compression::None);
+    none.chooser.limit(Some(1_000_000));
+    assert!(!none.chooser.is_slower_than_deltas());
+}
+
+#[test]
 fn a_link_faster_than_the_cores_gets_them_raw() {
     let world = World {
         link: 2.5e9,

@@ -12,7 +12,7 @@ use super::{LanePlan, Source, SourceConfig, SourceLimits};
 use crate::core::converge::{Converge, Verdict, View};
 use crate::core::layout::{Layout, PageRange, Region, RegionIndex};
 use crate::core::message::{
-    Action, Failure, GuestLeft, Input, LaneTotals, Moment, Outcome, Phase, Record, Step,
+    Action, Deltas, Failure, GuestLeft, Input, LaneTotals, Moment, Outcome, Phase, Record, Step,
 };
 use crate::core::pageset::PageSet;
 use crate::vmm::{Inventory, RunState};
@@ -108,6 +108,14 @@ pub(super) fn failure(step: Step) -> Input {
 pub(super) fn lost() -> Input {
     let what = "cut".to_owned();
     Input::LinkLost { what }
+}
+
+/// What the next round is ordered to do about deltas; all other orders are passed over.
+pub(super) fn deltas(bench: &mut Bench) -> Option<Deltas> {
+    std::iter::from_fn(|| bench.machine.poll_action()).find_map(|action| match action {
+        Action::Copy { deltas, .. } => Some(deltas),
+        _ => None,
+    })
 }
 
 /// An action in a few words.

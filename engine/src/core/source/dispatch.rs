@@ -4,6 +4,7 @@
 use ferry_stream::message::Message;
 
 use super::{Flush, Link, Shared, State};
+use crate::core::layout::{PageNumber, RegionIndex};
 use crate::core::message::{Failure, Input, Reason, Record, Step};
 
 impl Shared {
@@ -28,6 +29,15 @@ impl Shared {
                 pages,
             }) if state.needs_lanes() => self.lane_fenced(state, lane, frames, pages),
             Input::Reclaimed { lane, from } => self.lane_reclaimed(state, lane, from),
+            Input::Received(Message::Mismatch {
+                lane,
+                round,
+                region,
+                page,
+            }) => {
+                let place = (RegionIndex(region), PageNumber(page));
+                self.mismatched(state, lane, round, place)
+            }
             Input::LaneSent {
                 lane,
                 round,

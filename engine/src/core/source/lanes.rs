@@ -234,7 +234,8 @@ impl Lanes {
         slot.lane = next.unwrap_or(slot.lane);
     }
 
-    fn owe(&mut self, pages: PageSet) {
+    /// These pages have to be sent again.
+    pub(super) fn owe(&mut self, pages: PageSet) {
         match &mut self.owed {
             _ if pages.is_empty() => {}
             Some(owed) => owed.union(&pages),
@@ -242,7 +243,7 @@ impl Lanes {
         }
     }
 
-    /// Takes what dead lanes owe.
+    /// Takes what has to be sent again.
     pub(super) fn take_owed(&mut self) -> Option<PageSet> {
         self.owed.take()
     }

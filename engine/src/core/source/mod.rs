@@ -18,6 +18,9 @@
 #[cfg(test)]
 mod bench;
 mod config;
+#[cfg(test)]
+mod delta_tests;
+mod deltas;
 mod dispatch;
 mod ending;
 mod events;
@@ -41,6 +44,7 @@ use ferry_stream::message::{Features, Message, Round};
 pub use ferry_stream::limits::MAX_LANES;
 
 pub use self::config::{LanePlan, SourceConfig, SourceLimits};
+use self::deltas::Bases;
 use self::ending::{Leaving, Undoing};
 use self::lanes::Lanes;
 use self::precopy::{Collecting, Copying, Holding, Preparing};
@@ -91,6 +95,7 @@ struct Shared {
     /// What both sides are able to do with pages.
     features: Features,
     lanes: Lanes,
+    bases: Bases,
     /// Whether more lanes are opened.
     growth: Option<Growth>,
     round: Round,
@@ -160,6 +165,7 @@ impl Source {
             timeout,
             features: Features::NONE,
             lanes: Lanes::default(),
+            bases: Bases::default(),
             growth,
             round: Round(0),
             pages_told: 0,

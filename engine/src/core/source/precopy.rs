@@ -160,6 +160,11 @@ impl Copying {
         self.settled(shared, settled)
     }
 
+    /// Whether the target has pages of a round to speak of.
+    pub(super) fn awaits_round(&self) -> bool {
+        !self.in_flight.is_done()
+    }
+
     pub(super) fn advance(self, shared: &mut Shared) -> State {
         let settled = self.in_flight.settle(shared);
         self.settled(shared, settled)

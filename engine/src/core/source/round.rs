@@ -5,21 +5,35 @@ use std::sync::Arc;
 use ferry_stream::message::{Message, Round};
 
 use super::Shared;
-use crate::core::message::{Action, Input, Pace, Reason, Rewritten, ZeroPages};
+use crate::core::message::{Action, Deltas, Input, Pace, Reason, Rewritten, ZeroPages};
 use crate::core::pageset::PageSet;
 
 impl Shared {
     /// Orders the next round over `pages`, which a collection follows.
     pub(super) fn copy(&mut self, pages: PageSet, rewritten: Rewritten) -> InFlight {
-        self.order_copy(pages, rewritten, Pace::Limited)
+        let deltas = self.next_deltas();
+        self.order_copy(pages, rewritten, Pace::Limited, deltas)
     }
 
-    /// Orders the next round over `pages`, with the guest being handed over.
+    /// Orders the next round over `pages`, with the guest being handed over. Another one follows.
+    pub(super) fn copy_standing(&mut self, pages: PageSet) -> InFlight {
+        let deltas = self.next_deltas();
+        self.order_copy(pages, Rewritten::Send, Pace::Free, deltas)
+    }
+
+    /// Orders the round over `pages` that shall be the last: the target may load when it is done.
     pub(super) fn copy_last(&mut self, pages: PageSet) -> InFlight {
-        self.order_copy(pages, Rewritten::Send, Pace::Free)
+        let deltas = self.no_deltas();
+        self.order_copy(pages, Rewritten::Send, Pace::Free, deltas)
     }
 
-    fn order_copy(&mut self, pages: PageSet, rewritten: Rewritten, pace: Pace) -> InFlight {
+    fn order_copy(
+        &mut self,
+        pages: PageSet,
+        rewritten: Rewritten,
+        pace: Pace,
+        deltas: Deltas,
+    ) -> InFlight {
         self.round = Round(self.round.0 + 1);
         self.meter.begin_round(self.now, self.round, pages.len());
         self.lanes.begin(self.round);
@@ -36,6 +50,7 @@ impl Shared {
             pages: Arc::new(pages),
             zeros,
             rewritten,
+            deltas,
             pace,
         });
         InFlight {

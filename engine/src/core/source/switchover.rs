@@ -91,7 +91,7 @@ impl Draining {
                 shared.meter.blackout(|watch| watch.collected(now));
                 found.union(before);
                 shared.add_owed(&mut found);
-                self.left = Left::Sending(shared.copy_last(found));
+                self.left = Left::Sending(shared.copy_standing(found));
             }
             (Input::Collected { mut found }, Left::LastCollecting) => {
                 shared.add_owed(&mut found);
@@ -104,6 +104,11 @@ impl Draining {
             (input, _) => return shared.unexpected(State::Draining(self), &input),
         }
         self.advance(shared)
+    }
+
+    /// Whether the target has pages of a round to speak of.
+    pub(super) fn awaits_round(&self) -> bool {
+        matches!(&self.left, Left::Sending(in_flight) if !in_flight.is_done())
     }
 
     /// A lane has moved on, and perhaps the round with it.

@@ -10,7 +10,10 @@ use crate::core::message::{Action, GuestLeft, Outcome, Phase, Reason, Record};
 
 /// What page frames a target takes. [`Features::NEAR`] is not in a hello that comes here unless the
 /// source's RAM is at hand.
-const FEATURES: Features = Features::LZ4.union(Features::ZSTD).union(Features::NEAR);
+const FEATURES: Features = Features::LZ4
+    .union(Features::ZSTD)
+    .union(Features::DELTA)
+    .union(Features::NEAR);
 
 impl Shared {
     pub(super) fn greet(&mut self, hello: Hello) -> State {

@@ -31,7 +31,7 @@ use ferry_stream::message::{LaneId, Message, Run, SessionId};
 
 use self::ending::{Parting, Refusing, Returning, Taken, Taking};
 use self::lanes::Lanes;
-use self::receiving::{Preparing, Receiving};
+use self::receiving::{Mismatches, Preparing, Receiving};
 use crate::core::message::{
     Action, Command, Failure, Input, Inquirer, MayHaveRun, Moment, Notice, Outcome, Phase, Reason,
     Record, Step,
@@ -112,6 +112,7 @@ struct Shared {
     inventory: Inventory,
     session: Option<SessionId>,
     lanes: Lanes,
+    mismatches: Mismatches,
     actions: VecDeque<Action>,
     /// Records that are being written, in order: a failure does not say which one it is.
     journaling: VecDeque<Record>,
@@ -136,6 +137,7 @@ impl Target {
             inventory,
             session: None,
             lanes: Lanes::default(),
+            mismatches: Mismatches::default(),
             actions: VecDeque::new(),
             journaling: VecDeque::new(),
             inquirers: Vec::new(),
@@ -300,6 +302,20 @@ impl Shared {
             }
             Input::Received(Message::Fence(lane)) => self.fence(state, lane),
             Input::LaneLost { lane, what } => self.lane_lost(state, lane, what),
+            Input::Mismatched {
+                lane,
+                round,
+                region,
+                page,
+            } => {
+                let message = Message::Mismatch {
+                    lane,
+                    round,
+                    region: region.0,
+                    page: page.0,
+                };
+                self.mismatched(state, round, message)
+            }
             Input::LaneEnded {
                 lane,
                 frames,

@@ -1,5 +1,6 @@
 //! RAM and device state come in. Nothing is owned here, and everything can still be refused.
 
+use ferry_stream::limits::MAX_BASES;
 use ferry_stream::message::{LaneId, Message, Round};
 
 use super::ending::Parting;
@@ -99,6 +100,11 @@ impl Receiving {
         let Some(complete) = self.complete.filter(|complete| complete.round <= done) else {
             return State::Receiving(self);
         };
+        if shared.mismatches.latest >= complete.round {
+            let what = "a last round in which a delta does not fit";
+            let phase = Phase::Receiving;
+            return shared.refuse(Reason::Protocol { what, phase }, Parting::Done);
+        }
         if complete.round != done || complete.pages != ours {
             let reason = Reason::Miscounted {
                 round: done,
@@ -110,6 +116,32 @@ impl Receiving {
         let (bytes, crc) = (complete.state_bytes, complete.state_crc);
         shared.actions.push_back(Action::ReleaseLoad { bytes, crc });
         State::Loading(shared.now)
+    }
+}
+
+/// Deltas that did not fit.
+#[derive(Default)]
+pub(super) struct Mismatches {
+    count: u32,
+    /// The last round with one. Its pages are whole only after a later one.
+    latest: Round,
+}
+
+impl Shared {
+    /// A delta does not fit: its page is to be sent again. What a source can make us say is bounded.
+    pub(super) fn mismatched(&mut self, state: State, round: Round, message: Message) -> State {
+        if !state.takes_pages() {
+            return state;
+        }
+        self.mismatches.count += 1;
+        if self.mismatches.count > MAX_BASES {
+            let what = "more deltas that do not fit than it has pages to tell them from";
+            let phase = state.phase();
+            return state.trouble(self, Reason::Protocol { what, phase });
+        }
+        self.mismatches.latest = self.mismatches.latest.max(round);
+        self.send(message);
+        state
     }
 }
 

@@ -1,7 +1,9 @@
 //! The target's machine, fact by fact. The long runs are the simulated world's.
 
-use ferry_stream::message::{Hello, Message, Run, Verdict, Versions};
+use ferry_stream::limits::MAX_BASES;
+use ferry_stream::message::{Hello, Message, Round, Run, Verdict, Versions};
 
+use crate::core::layout::{PageNumber, RegionIndex};
 use crate::core::message::{Command, Failure, Input, Inquirer, MayHaveRun, Phase, Record, Step};
 use crate::vmm::GuestEvent;
 
@@ -299,4 +301,49 @@ fn an_answer_is_what_the_journal_says() {
     let orders = bench.tell(Input::Resumed);
     let answer = format!("answer 1: {:?}", Verdict::Taken);
     assert_eq!(orders, ["send Running", &answer]);
+}
+
+fn mismatched(round: u32) -> Input {
+    Input::Mismatched {
+        lane: ONE,
+        round: Round(round),
+        region: RegionIndex(0),
+        page: PageNumber(3),
+    }
+}
+
+#[test]
+fn a_delta_that_does_not_fit_is_told_before_its_round_is_done() {
+    let mut bench = Bench::at(Phase::Receiving);
+    bench.tell(ended_by(TWO, 1, 6));
+    assert_eq!(bench.tell(mismatched(1)), ["send Mismatch"]);
+    assert_eq!(bench.tell(ended(1, 5)), ["send RoundDone"]);
+    bench.tell(complete(2, 14));
+    bench.tell(ended(2, 3));
+    let orders = bench.tell(ended_by(TWO, 2, 0));
+    assert_eq!(orders, ["send RoundDone", "ReleaseLoad"]);
+    for phase in [Phase::Loading, Phase::Offered, Phase::Taking, Phase::Taken] {
+        let mut late = Bench::at(phase);
+        assert_eq!(late.tell(mismatched(2)), [""; 0], "{phase}");
+        assert_eq!(late.machine.phase(), phase);
+    }
+}
+
+#[test]
+fn a_last_round_with_a_delta_that_does_not_fit_is_refused() {
+    let mut bench = Bench::at(Phase::Receiving);
+    bench.tell(complete(1, 11));
+    bench.tell(mismatched(1));
+    bench.tell(ended(1, 5));
+    let orders = bench.tell(ended_by(TWO, 1, 6));
+    assert_eq!(orders, [&["send RoundDone"][..], &REFUSAL].concat());
+}
+
+#[test]
+fn a_source_cannot_make_it_say_more_than_so_much() {
+    let mut bench = Bench::at(Phase::Receiving);
+    for _ in 0..MAX_BASES {
+        assert_eq!(bench.tell(mismatched(1)), ["send Mismatch"]);
+    }
+    assert_eq!(bench.tell(mismatched(1)), REFUSAL);
 }
