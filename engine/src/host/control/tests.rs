@@ -172,7 +172,8 @@ proptest! {
         for answer in [Answer::Info { job: Box::new(job) }, Answer::Refused { code, reason }] {
             let line = encode(&answer);
             prop_assert!(line.len() <= MAX_LINE_BYTES);
-            prop_assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
+            let end = line.iter().position(|byte| *byte == b'\n');
+            prop_assert_eq!(end, Some(line.len() - 1));
             prop_assert_eq!(decode::<Answer>(&line), Ok(answer));
         }
     }
