@@ -95,6 +95,7 @@ impl Config {
                 self.content = match value {
                     "random" => Content::Random,
                     "text" => Content::Text,
+                    "counters" => Content::Counters,
                     _ => return None,
                 }
             }

@@ -8,12 +8,17 @@ pub(crate) enum Content {
     Random,
     /// Words of a small vocabulary: compresses about as text does.
     Text,
+    /// Does not compress, and changes by a few words from one generation to the next.
+    Counters,
 }
 
 /// Words that carry the page's own index and generation, in front of the rest.
 const HEADER_WORDS: usize = 2;
 
 const VOCABULARY: usize = 256;
+
+/// From one word of a page of counters that changes to the next.
+const COUNTER_STRIDE: usize = 128;
 
 /// Writes pages and knows what they must hold.
 #[derive(Clone)]
@@ -70,6 +75,12 @@ impl Writer {
                     *word = self.vocabulary[stream.index()];
                 }
             }
+            Content::Counters => {
+                let mut same = Stream::new(self.seed, index, 0);
+                for (at, word) in page[HEADER_WORDS..].iter_mut().enumerate() {
+                    *word = counted(&mut same, &mut stream, at);
+                }
+            }
         }
     }
 
@@ -89,6 +100,12 @@ impl Writer {
                     wrong |= word ^ self.vocabulary[stream.index()];
                 }
             }
+            Content::Counters => {
+                let mut same = Stream::new(self.seed, index, 0);
+                for (at, word) in rest.iter().enumerate() {
+                    wrong |= word ^ counted(&mut same, &mut stream, at);
+                }
+            }
         }
         wrong == 0
     }
@@ -105,6 +122,16 @@ impl Writer {
         } else {
             Fault::Misplaced { index: found }
         }
+    }
+}
+
+/// A word of a page of counters: what it always holds, or what belongs to the generation.
+fn counted(same: &mut Stream, generation: &mut Stream, at: usize) -> u64 {
+    let word = same.next();
+    if at.is_multiple_of(COUNTER_STRIDE) {
+        generation.next()
+    } else {
+        word
     }
 }
 
@@ -163,7 +190,7 @@ mod tests {
 
     #[test]
     fn every_changed_word_is_seen() {
-        for content in [Content::Random, Content::Text] {
+        for content in [Content::Random, Content::Text, Content::Counters] {
             let writer = Writer::new(content, 7);
             let good = page(&writer, 5, 3);
             assert!(writer.holds(&good, 5, 3));

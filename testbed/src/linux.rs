@@ -27,6 +27,8 @@ pub enum Content {
     Random,
     /// Compresses about as text does.
     Text,
+    /// Does not compress, and changes by a few words of a page from one write to the next.
+    Counters,
 }
 
 /// Whether the guest verifies pages all the time, besides those that it rewrites.
@@ -120,6 +122,7 @@ impl Linux {
         let content = match self.content {
             Content::Random => "random",
             Content::Text => "text",
+            Content::Counters => "counters",
         };
         format!(
             "{KERNEL} ferry.mib={} ferry.rate={} ferry.pattern={pattern} ferry.content={content} \

@@ -12,7 +12,7 @@ use ferry_engine::vmm::{
 
 use super::fault::{Call, Faults};
 use super::memory::Memory;
-use super::world::{World, fill};
+use super::world::World;
 
 /// How often a vCPU wakes to write its share of pages.
 const BEAT: Duration = Duration::from_millis(1);
@@ -141,11 +141,11 @@ impl Machine {
         let (mut found, mut expected) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
         let generation = self.world.generation(region, page);
         self.memory.load(region, page, &mut found);
-        fill(region, page, generation, &mut expected);
+        self.world.fill(region, page, generation, &mut expected);
         if found != expected {
             self.world.found_bad();
         }
-        fill(region, page, generation + 1, &mut expected);
+        self.world.fill(region, page, generation + 1, &mut expected);
         self.memory.store(region, page, &expected);
         self.world.wrote(region, page, generation + 1);
     }

@@ -34,8 +34,7 @@ use self::memory::{LogTracker, Memory};
 pub use self::pair::{Ended, Pair};
 pub use self::proxy::{At, Proxy, Recorded, Rule, Scope, Way, What};
 use self::state::ToyState;
-use self::world::fill;
-pub use self::world::{Shape, World};
+pub use self::world::{Change, Shape, World};
 
 /// What a toy is like.
 #[derive(Clone, Debug)]
@@ -44,6 +43,8 @@ pub struct Model {
     pub shapes: Vec<Shape>,
     /// Its vCPU threads.
     pub vcpus: usize,
+    /// What its guest changes of a page.
+    pub change: Change,
     /// Page writes a second, of all vCPUs together.
     pub rate_pages_per_s: u64,
     /// Device state that is written before the pause, in bytes.
@@ -71,6 +72,7 @@ impl Default for Model {
                 },
             ],
             vcpus: 2,
+            change: Change::Page,
             rate_pages_per_s: 250,
             early_bytes: 1000,
             late_bytes: 200,
@@ -93,7 +95,7 @@ impl Toy {
         for (region, shape) in (0..).zip(world.shapes()) {
             for page in 0..shape.filled {
                 let mut bytes = [0; PAGE_SIZE];
-                fill(region, page, world.generation(region, page), &mut bytes);
+                world.fill(region, page, world.generation(region, page), &mut bytes);
                 toy.machine.memory.store(region, page, &bytes);
             }
         }
@@ -208,13 +210,19 @@ impl Toy {
         change(&mut inventory);
     }
 
+    /// Changes a page behind the guest's back and the engine's, as nobody may.
+    pub fn spoil(&self, region: u16, page: u64) {
+        let spoilt = [0x5c; PAGE_SIZE];
+        self.machine.memory.store(region, page, &spoilt);
+    }
+
     /// Pages of a paused guest that do not hold what the guest left there.
     pub fn bad_pages(&self) -> Vec<(u16, u64)> {
         let world = &self.machine.world;
         let is_bad = |region: u16, page: u64| {
             let (mut found, mut expected) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
             self.machine.memory.load(region, page, &mut found);
-            fill(region, page, world.generation(region, page), &mut expected);
+            world.fill(region, page, world.generation(region, page), &mut expected);
             found != expected
         };
         let shapes = (0_u16..).zip(world.shapes());

@@ -43,7 +43,7 @@ pub struct Ended {
 impl Pair {
     /// A running guest of this model, and a place for it.
     pub fn new(model: &Model) -> io::Result<Self> {
-        let world = Arc::new(World::new(model.shapes.clone()));
+        let world = Arc::new(World::new(model.shapes.clone(), model.change));
         Ok(Self {
             source: Toy::booted(model, &world)?,
             target: Toy::waiting(model, &world)?,

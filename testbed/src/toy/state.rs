@@ -12,7 +12,6 @@ use ferry_engine::vmm::{DeviceState, VmmError};
 
 use super::fault::Call;
 use super::machine::Machine;
-use super::world::fill;
 
 /// What the late part begins with.
 const REGISTERS: [u64; 4] = [0x7079, 0x6c6f, 0x6d65, 0x7279];
@@ -51,7 +50,8 @@ impl ToyState {
         let generation = read_u64(from)?;
         let (mut found, mut expected) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
         self.machine.memory.load(0, self.device_page(), &mut found);
-        fill(0, self.device_page(), generation, &mut expected);
+        let world = &self.machine.world;
+        world.fill(0, self.device_page(), generation, &mut expected);
         if found != expected {
             return Err(io::Error::other("RAM lacks what the save wrote"));
         }

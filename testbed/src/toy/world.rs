@@ -20,10 +20,20 @@ pub struct Shape {
     pub busy: u64,
 }
 
+/// How much of a page the guest changes when it writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// All of it.
+    Page,
+    /// One word.
+    Word,
+}
+
 /// One guest, seen from outside.
 #[derive(Debug)]
 pub struct World {
     shapes: Vec<Shape>,
+    change: Change,
     generations: Vec<Vec<AtomicU64>>,
     writes: AtomicU64,
     bad_pages: AtomicU64,
@@ -36,7 +46,7 @@ pub(super) type Page = [u8; PAGE_SIZE];
 
 impl World {
     /// A guest with this RAM. Shapes are in the order of their names.
-    pub fn new(mut shapes: Vec<Shape>) -> Self {
+    pub fn new(mut shapes: Vec<Shape>, change: Change) -> Self {
         shapes.sort_by_key(|shape| shape.name);
         let generations = shapes
             .iter()
@@ -47,6 +57,7 @@ impl World {
             .collect();
         Self {
             shapes,
+            change,
             generations,
             writes: AtomicU64::new(0),
             bad_pages: AtomicU64::new(0),
@@ -98,6 +109,19 @@ impl World {
         self.cell(region, page).load(Ordering::SeqCst)
     }
 
+    /// Fills `into` with what the page holds in `generation`.
+    pub(super) fn fill(&self, region: u16, page: u64, generation: u64, into: &mut Page) {
+        match self.change {
+            Change::Word if generation > 1 => {
+                fill(region, page, 1, into);
+                let (words, _) = into.as_chunks_mut();
+                let at = usize::try_from(page).unwrap_or(0) % words.len();
+                words[at] = generation.to_le_bytes();
+            }
+            Change::Page | Change::Word => fill(region, page, generation, into),
+        }
+    }
+
     /// The guest has written the page's next generation.
     pub(super) fn wrote(&self, region: u16, page: u64, generation: u64) {
         self.cell(region, page).store(generation, Ordering::SeqCst);
@@ -118,7 +142,7 @@ impl World {
 const ZERO_EVERY: u64 = 16;
 
 /// Fills `into` with what the page holds in `generation`: every word depends on all three.
-pub(super) fn fill(region: u16, page: u64, generation: u64, into: &mut Page) {
+fn fill(region: u16, page: u64, generation: u64, into: &mut Page) {
     let cleared = (generation + page).is_multiple_of(ZERO_EVERY) && generation > 1;
     if generation == 0 || cleared {
         into.fill(0);

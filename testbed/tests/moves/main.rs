@@ -7,6 +7,7 @@ mod pair;
 
 mod caches;
 mod compression;
+mod deltas;
 mod devices;
 mod giving_up;
 mod happenings;
