@@ -89,7 +89,16 @@ fn every_world_has_one_owner_and_loses_nothing() {
         .filter(|summary| summary.source == Ending::Moved);
     let survivors = moved.filter(|summary| summary.lanes_lost > 0).count() as u64;
     println!("{survivors} moved though they lost lanes");
+    let sum = |count: fn(&Summary) -> u64| summaries.iter().map(count).sum::<u64>();
+    let (deltas, mismatches) = (sum(|one| one.deltas), sum(|one| one.mismatches));
+    let mended = summaries
+        .iter()
+        .filter(|one| one.source == Ending::Moved && one.mismatches > 0);
+    let mended = mended.count() as u64;
+    println!("{deltas} deltas, {mismatches} did not fit; {mended} moved all the same");
     if seeds >= SEEDS {
+        assert!(deltas > seeds, "hardly a page is told as a delta");
+        assert!(mended * 2000 >= seeds, "hardly a world had to mend a page");
         assert!(
             survivors * 100 >= seeds,
             "hardly a world moved without a lane"
@@ -155,11 +164,13 @@ fn every_flaw_is_noticed_for_what_it_is() {
             | Flaw::ZerosSkipped
             | Flaw::ForgottenChunk
             | Flaw::LeftOutForGood
-            | Flaw::FramesClaimed => matches!(violation, Violation::Pages { .. }),
+            | Flaw::FramesClaimed
+            | Flaw::MismatchUntold => matches!(violation, Violation::Pages { .. }),
             Flaw::EndBeforePages | Flaw::FencedInName => matches!(
                 violation,
-                Violation::Pages { .. } | Violation::PlacedAfterRun
+                Violation::Pages { .. } | Violation::PlacedAfterRun | Violation::UnfitDelta { .. }
             ),
+            Flaw::BasesKept => matches!(violation, Violation::UnfitDelta { .. }),
             Flaw::PauseInName => matches!(
                 violation,
                 Violation::Pages { .. }

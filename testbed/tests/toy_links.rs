@@ -11,7 +11,7 @@ use ferry_engine::journal::JournalError;
 use ferry_engine::vmm::RunState;
 use ferry_stream::frame::{HEADER_BYTES, Header, Kind};
 use ferry_testbed::toy::{
-    At, Call, Ended, Fault, Model, Pair, Proxy, Recorded, Rule, Scope, Shape, Way, What,
+    At, Call, Change, Ended, Fault, Model, Pair, Proxy, Recorded, Rule, Scope, Shape, Way, What,
 };
 use tokio::time::timeout;
 
@@ -35,6 +35,7 @@ fn small() -> Model {
     Model {
         shapes: vec![shape],
         vcpus: 1,
+        change: Change::Page,
         rate_pages_per_s: 500,
         early_bytes: 300,
         late_bytes: 100,

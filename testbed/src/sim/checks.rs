@@ -97,6 +97,18 @@ pub enum Violation {
         /// What is at the target.
         target: u64,
     },
+    /// A page was told by how it differs from something that the target does not have, and nothing had
+    /// gone wrong.
+    #[error("page {page} of {region} was told by how it differs from what is not there")]
+    UnfitDelta {
+        /// Its region.
+        region: RegionIndex,
+        /// Which.
+        page: u64,
+    },
+    /// Pages of the last round may be told as deltas.
+    #[error("there may be deltas in the last round")]
+    DeltasInTheLastRound,
     /// A page was written into a guest that runs.
     #[error("a page was placed after the guest had run")]
     PlacedAfterRun,

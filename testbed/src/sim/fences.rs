@@ -9,7 +9,7 @@ use ferry_stream::message::LaneId;
 use super::event::Event;
 use super::flaw::Flaw;
 use super::guest::add;
-use super::link::{Frame, Lane};
+use super::link::{Frame, Lane, Told};
 use super::plan::Side;
 use super::worker::Thread;
 use super::world::World;
@@ -135,13 +135,17 @@ impl World {
             receiver.frames += 1;
             receiver.pages += told.len() as u64;
         }
-        if let Some(Frame::Pages { region, told }) = half
+        if let Some(Frame::Pages { region, told, .. }) = half
             && self.rng.once_in(HALF_PLACED)
             && self.at(Side::Target).vm.alive
         {
             let half: Vec<_> = told
                 .iter()
-                .map(|(page, content)| (*page, content.torn()))
+                .map(|(page, told)| match told {
+                    Told::Whole(content) => (*page, Told::Whole(content.torn())),
+                    // It is checked before it is placed.
+                    Told::Delta { .. } => (*page, *told),
+                })
                 .collect();
             // Before Go nothing has run.
             drop(self.place(region, &half));

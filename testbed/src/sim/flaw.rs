@@ -39,11 +39,15 @@ pub enum Flaw {
     LeftOutForGood,
     /// The target claims a frame of a dead lane that it did not place.
     FramesClaimed,
+    /// What was sent over a lane that died is still relied on.
+    BasesKept,
+    /// The target leaves a page as it is whose delta does not fit, and says nothing.
+    MismatchUntold,
 }
 
 impl Flaw {
     /// Every flaw.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::ForgottenPage,
         Self::UnseenWrite,
         Self::EarlyLastCollection,
@@ -62,5 +66,7 @@ impl Flaw {
         Self::ForgottenChunk,
         Self::LeftOutForGood,
         Self::FramesClaimed,
+        Self::BasesKept,
+        Self::MismatchUntold,
     ];
 }

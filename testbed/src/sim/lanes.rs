@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
-use ferry_engine::core::message::{Input, Rewritten, ZeroPages};
+use ferry_engine::core::message::{Deltas, Input, Rewritten, ZeroPages};
 use ferry_engine::core::pageset::PageSet;
 use ferry_stream::message::Round;
 
@@ -38,7 +38,9 @@ impl World {
         pages: &PageSet,
         zeros: ZeroPages,
         rewritten: Rewritten,
+        deltas: Deltas,
     ) {
+        self.begin_deltas(deltas);
         let zeros = match self.flaw {
             Some(Flaw::ZerosSkipped) => ZeroPages::Skip,
             _ => zeros,
@@ -57,6 +59,7 @@ impl World {
             round,
             zeros,
             rewritten,
+            deltas,
             chunks,
         });
         for lane in 0..self.lanes.len() {
@@ -146,10 +149,11 @@ impl World {
             };
             let zero = content == Content::ZERO;
             self.totals.zero_pages += u64::from(zero);
+            let how = self.tell_page(lane, (chunk.region, page), content);
             if zero && zeros == ZeroPages::Skip {
                 self.totals.skipped_pages += 1;
             } else {
-                told.push((page, content));
+                told.push((page, how));
             }
         }
         let count = told.len() as u64;
@@ -168,8 +172,12 @@ impl World {
             None => {}
         }
         if count > 0 {
-            let region = chunk.region;
-            self.put_on_lane(lane, Frame::Pages { region, told });
+            let pages = Frame::Pages {
+                round: self.lanes[lane].sender.round,
+                region: chunk.region,
+                told,
+            };
+            self.put_on_lane(lane, pages);
         }
     }
 
@@ -233,8 +241,13 @@ impl World {
             return Ok(());
         };
         match frame {
-            Frame::Pages { region, told } => {
-                self.place(region, &told)?;
+            Frame::Pages {
+                round,
+                region,
+                told,
+            } => {
+                let mismatched = self.place(region, &told)?;
+                self.tell_mismatched(lane, round, region, &mismatched);
                 let receiver = &mut self.lanes[lane].receiver;
                 receiver.frames += 1;
                 receiver.pages += told.len() as u64;
@@ -253,21 +266,6 @@ impl World {
                 };
                 self.report(Side::Target, Thread::Lanes, fact);
             }
-        }
-        Ok(())
-    }
-
-    pub(super) fn place(
-        &mut self,
-        region: ferry_engine::core::layout::RegionIndex,
-        told: &[(u64, Content)],
-    ) -> Result<(), Violation> {
-        let vm = &mut self.end(Side::Target).vm;
-        if vm.has_run && vm.run_by == super::guest::RunBy::Engine {
-            return Err(Violation::PlacedAfterRun);
-        }
-        for (page, content) in told {
-            vm.ram.fill(region, *page, *content);
         }
         Ok(())
     }

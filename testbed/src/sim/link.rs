@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use ferry_engine::core::layout::{PageRange, RegionIndex};
-use ferry_engine::core::message::{Rewritten, ZeroPages};
+use ferry_engine::core::message::{Deltas, Rewritten, ZeroPages};
 use ferry_stream::message::{LaneId, Round};
 
 use super::guest::Content;
@@ -62,15 +62,31 @@ impl Pipe {
     }
 }
 
+/// How a page is told.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Told {
+    /// By what it holds.
+    Whole(Content),
+    /// By how that differs from what it held.
+    Delta {
+        /// What the source believes that the target has.
+        base: Content,
+        /// What it holds.
+        content: Content,
+    },
+}
+
 /// What travels on a page lane.
 #[derive(Clone, Debug)]
 pub(super) enum Frame {
     /// Pages with what they hold.
     Pages {
+        /// The round.
+        round: Round,
         /// Their region.
         region: RegionIndex,
         /// Each page that is told.
-        told: Vec<(u64, Content)>,
+        told: Vec<(u64, Told)>,
     },
     /// The lane's end of a round.
     End {
@@ -99,6 +115,8 @@ pub(super) struct Queue {
     pub(super) zeros: ZeroPages,
     /// Whether pages may be left out.
     pub(super) rewritten: Rewritten,
+    /// Whether pages may be told as deltas.
+    pub(super) deltas: Deltas,
     /// What nobody has taken yet.
     pub(super) chunks: VecDeque<Chunk>,
 }

@@ -33,6 +33,7 @@ impl World {
             Mischief::KillLane => self.kill_lane(),
             Mischief::HangLane => self.hang_lane(),
             Mischief::CorruptLane => self.corrupt_lane(),
+            Mischief::SpoilBases => self.bases.spoilt = true,
             Mischief::Order(side, command) => {
                 self.report(side, Thread::Reader, Input::Command(command));
             }
@@ -80,7 +81,18 @@ impl World {
             state_crc: 0,
         };
         let lane = LaneId::first(LaneIndex(1));
-        let both = [Message::Welcome(welcome), Message::Inquire, Message::Ping];
+        let mismatch = Message::Mismatch {
+            lane,
+            round,
+            region: 0,
+            page: 0,
+        };
+        let both = [
+            Message::Welcome(welcome),
+            Message::Inquire,
+            Message::Ping,
+            mismatch,
+        ];
         let one = match side {
             Side::Source => [
                 Message::Answer(Verdict::Taken),
@@ -93,7 +105,7 @@ impl World {
             ],
             Side::Target => [complete, Message::Ready { load_us: 0 }, Message::Paused],
         };
-        self.rng.pick(&[both, one].concat())
+        self.rng.pick(&[&both[..], &one].concat())
     }
 
     fn source_fate(&mut self, fate: Fate) {

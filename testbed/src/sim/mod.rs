@@ -8,6 +8,7 @@
 //! so whatever was found can be replayed with a trace.
 
 mod checks;
+mod deltas;
 mod end;
 mod event;
 mod fences;
@@ -49,6 +50,10 @@ pub struct Summary {
     pub steps: u64,
     /// Page lanes that the source lost.
     pub lanes_lost: u32,
+    /// Pages told as deltas.
+    pub deltas: u64,
+    /// Those of them that did not fit what the target had.
+    pub mismatches: u64,
 }
 
 /// Lets the world of `seed` happen.

@@ -49,6 +49,8 @@ pub(super) enum Mischief {
     HangLane,
     /// Wrong bytes come on a page lane.
     CorruptLane,
+    /// What the source keeps of what it sent goes bad.
+    SpoilBases,
     /// A person's order.
     Order(Side, Command),
     /// Something happens to a guest.
@@ -237,7 +239,7 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
         downtime_limit: rng.micros(1..=4000),
         timeout: rng.percent(30).then(|| rng.micros(100..=50_000)),
         lanes: lanes(rng),
-        features: Features::NONE,
+        features: rng.pick(&[Features::DELTA, Features::DELTA, Features::NONE]),
         switchover_floor: rng.micros(1..=1000),
         limits: SourceLimits {
             greeting: ms(20),
@@ -327,7 +329,7 @@ fn one_kill(rng: &mut Rng) -> Mischief {
 
 fn one_mischief(rng: &mut Rng) -> Mischief {
     let side = rng.pick(&[Side::Source, Side::Target]);
-    match rng.below(20) {
+    match rng.below(24) {
         0..=2 => Mischief::CutControl,
         3 => Mischief::CutLanes,
         4..=6 => Mischief::CutAll,
@@ -343,6 +345,7 @@ fn one_mischief(rng: &mut Rng) -> Mischief {
         16 => Mischief::Stranger,
         17 => Mischief::Abort(side),
         18 => Mischief::Nonsense(side),
+        19..=22 => Mischief::SpoilBases,
         _ => Mischief::Freeze(side),
     }
 }

@@ -32,8 +32,9 @@ impl World {
                 pages,
                 zeros,
                 rewritten,
+                deltas,
                 ..
-            } => self.copy(round, &pages, zeros, rewritten),
+            } => self.copy(round, &pages, zeros, rewritten, deltas),
             Action::Flush => self.order(HERE, Job::Flush),
             Action::Pause(_) => self.order(HERE, Job::Pause),
             Action::Inventory => self.order(HERE, Job::Inventory),
@@ -56,6 +57,9 @@ impl World {
     }
 
     fn source_says(&mut self, message: Message) -> Result<(), Violation> {
+        if matches!(message, Message::Complete { .. }) {
+            self.check_last_round()?;
+        }
         if matches!(message, Message::Go { .. }) {
             let journal = self.at(HERE).journal;
             if journal != Some(Record::Given) {

@@ -29,8 +29,12 @@ pub(super) fn order(action: &Action) -> String {
             round,
             pages,
             zeros,
+            deltas,
             ..
-        } => format!("Copy {} pages in {round}, zeros: {zeros:?}", pages.len()),
+        } => format!(
+            "Copy {} pages in {round}, zeros: {zeros:?}, deltas: {deltas:?}",
+            pages.len()
+        ),
         other => short(format!("{other:?}")),
     }
 }

@@ -11,6 +11,7 @@ use ferry_engine::vmm::{Inventory, RunState};
 
 use super::Summary;
 use super::checks::{Ending, Truth, Violation, reason};
+use super::deltas::Bases;
 use super::end::End;
 use super::event::{Agenda, Event};
 use super::flaw::Flaw;
@@ -46,6 +47,7 @@ pub(super) struct World {
     pub(super) lanes_cut: bool,
     pub(super) lanes: Vec<Lane>,
     pub(super) queue: Option<Queue>,
+    pub(super) bases: Bases,
     pub(super) totals: LaneTotals,
     pub(super) state_at_target: Option<u64>,
     pub(super) load_released: Option<(u64, u32)>,
@@ -100,6 +102,7 @@ impl World {
             lanes_cut: false,
             lanes: Vec::new(),
             queue: None,
+            bases: Bases::default(),
             totals: LaneTotals::default(),
             state_at_target: None,
             load_released: None,
@@ -355,6 +358,8 @@ impl World {
             lasted: self.now,
             steps: self.steps,
             lanes_lost: self.source.report(Moment(self.now)).lanes_lost,
+            deltas: self.bases.told,
+            mismatches: self.bases.mismatched,
         }
     }
 
