@@ -13,5 +13,6 @@ mod happenings;
 mod lanes;
 mod layouts;
 mod modes;
+mod near;
 mod refusals;
 mod versions;
