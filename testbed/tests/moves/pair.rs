@@ -459,7 +459,7 @@ fn assert_plausible(json: &Value, page: Option<&StatusPage>) {
         assert!(rounds[0]["pages"].as_u64().unwrap() >= filled, "{json}");
         // The ratio is told to three digits.
         let ratio = json["compression"]["ratio"].as_f64().unwrap() + 0.001;
-        let shared_bytes = number("pages_shared") * PAGE_SIZE as f64;
+        let shared_bytes = number("pages_shared") * f64::from(u32::try_from(PAGE_SIZE).unwrap());
         let filled_bytes = u32::try_from(filled * PAGE_SIZE as u64).unwrap();
         assert!(
             number("bytes_wire") * ratio + shared_bytes >= f64::from(filled_bytes),
