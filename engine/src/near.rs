@@ -9,6 +9,10 @@
 //! and the target reads them after it is told: what the guest writes in between or later is reported
 //! as dirty and told again. A frame counts once its pages are copied, so that a round that is done is
 //! in place, and every lane has ended before the guest is loaded: nothing is read after Go.
+//!
+//! What is otherwise the source's to find is not found: it reads no page, so zero pages are the target's
+//! to see (it allocates nothing for them), they count as told, and nothing is packed. Lanes do not grow
+//! in number either, since hardly a byte is on them: those that a move begins with are copying threads.
 
 pub(crate) mod borrower;
 pub(crate) mod lender;

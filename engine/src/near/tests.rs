@@ -20,7 +20,7 @@ use crate::vmm::Ram as _;
 /// Regions of the guest, which lie in one file.
 const REGIONS: u64 = 300;
 
-const REGION_BYTES: u64 = 4096;
+const REGION_BYTES: usize = 4096;
 
 /// Frames of shared pages that may be on their way at most: a handful, and not the thousands of a usual
 /// socket.
@@ -28,16 +28,17 @@ const MOST_ON_THE_WAY: usize = 40;
 
 /// A source with `REGIONS` regions, each full of its own number.
 fn source() -> SharedRam {
+    let place = |region: u64| region * REGION_BYTES as u64;
     let written = File::from(memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap());
     for region in 0..REGIONS {
-        let bytes = [region.to_le_bytes()[0]; REGION_BYTES as usize];
-        written.write_all_at(&bytes, region * REGION_BYTES).unwrap();
+        let bytes = [region.to_le_bytes()[0]; REGION_BYTES];
+        written.write_all_at(&bytes, place(region)).unwrap();
     }
     let opened = || File::open(format!("/proc/self/fd/{}", written.as_raw_fd())).unwrap();
     let parts = (0..REGIONS).map(|region| RamPart {
         name: format!("ram{region:03}"),
         file: RamFile::from_file(opened()).unwrap(),
-        bytes: region * REGION_BYTES..(region + 1) * REGION_BYTES,
+        bytes: place(region)..place(region + 1),
     });
     SharedRam::new(parts.collect(), Access::Read).unwrap()
 }
@@ -74,7 +75,7 @@ fn open(session: SessionId, ram: &SharedRam) -> Lender {
     Lender::open(WithinHost::Auto, ram, session).expect("nothing else has that name")
 }
 
-async fn take_lanes(borrowed: Borrowed) -> mpsc::Receiver<crate::control::BoxedConnection> {
+fn take_lanes(borrowed: Borrowed) -> mpsc::Receiver<crate::control::BoxedConnection> {
     let (passed, lanes) = mpsc::channel(4);
     tokio::spawn(borrowed.lanes(passed));
     lanes
@@ -88,12 +89,12 @@ async fn every_region_is_lent_once_and_to_one() {
     let borrowed = borrow(&mut hello(session, &ram)).await.unwrap();
     assert!(lender.has_lent());
     for (region, window) in (0..REGIONS).zip(&*borrowed.windows) {
-        let mut bytes = [0; REGION_BYTES as usize];
+        let mut bytes = [0; REGION_BYTES];
         window
             .file
             .read_exact_at(&mut bytes, window.bytes.start)
             .unwrap();
-        assert_eq!(bytes, [region.to_le_bytes()[0]; REGION_BYTES as usize]);
+        assert_eq!(bytes, [region.to_le_bytes()[0]; REGION_BYTES]);
         assert!(window.file.write_at(&[1], window.bytes.start).is_err());
     }
     let mut again = hello(session, &ram);
@@ -158,7 +159,7 @@ async fn lanes_are_passed_and_hold_a_handful_of_frames() {
     let lender = Arc::new(open(session, &ram));
     assert!(lender.lane().await.is_err(), "to nobody yet");
     let borrowed = borrow(&mut hello(session, &ram)).await.unwrap();
-    let mut lanes = take_lanes(borrowed).await;
+    let mut lanes = take_lanes(borrowed);
     let mut ours = lender.lane().await.unwrap();
     let mut theirs = lanes.recv().await.unwrap();
     ours.write_all(b"hello").await.unwrap();

@@ -40,7 +40,9 @@ fn main() -> Result<(), TestbedError> {
 
     println!("  ferry migrate --live --verbose --qmp SOURCE {uri}");
     let probe = Probe::start(page.clone(), Some(arrived.clone()));
-    let migrate = Ferry::migrate_shown(&source, &uri, &["--live", "--verbose"])?.wait(BOUND)?;
+    // To show what a move between hosts is like: within this one nothing would travel.
+    let args = ["--live", "--verbose", "--within-host=never"];
+    let migrate = Ferry::migrate_shown(&source, &uri, &args)?.wait(BOUND)?;
     if migrate.code() != 0 {
         return Err(TestbedError::Program {
             program: "ferry migrate".into(),

@@ -66,7 +66,9 @@ impl Bed {
         let (receive, uri) = Ferry::receive(&target, &["--json"]).unwrap();
         let proxy = Proxy::start(&uri, rule).unwrap();
         let watch = Watch::start(self.page.clone(), arrived.clone());
-        let migrate = Ferry::migrate(&self.source, &proxy.uri(), args).unwrap();
+        // Page lanes within a host would pass the proxy by.
+        let args = [&["--within-host=never"], args].concat();
+        let migrate = Ferry::migrate(&self.source, &proxy.uri(), &args).unwrap();
         Attempt {
             migrate,
             receive,

@@ -14,6 +14,7 @@ mod happenings;
 mod lanes;
 mod layouts;
 mod modes;
+mod near;
 mod refusals;
 mod steering;
 mod versions;
