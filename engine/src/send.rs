@@ -4,6 +4,7 @@
 //! the flusher, the journal, each page lane. So this loop never waits for anything but facts.
 
 mod lanes;
+mod scan;
 mod vm;
 
 use std::io;
@@ -20,7 +21,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until, timeout};
 use crate::control::{BoxedConnection, Control, Silence};
 use crate::core::encoding::Compression;
 use crate::core::message::{
-    Action, Command, GuestLeft, Input, Moment, Notice, Outcome, Record, Step,
+    Action, Command, GuestLeft, Input, Moment, Notice, Outcome, Pages, Record, Step,
 };
 use crate::core::meter::{Progress, Report};
 use crate::core::source::Source;
@@ -29,6 +30,7 @@ use crate::dial::inquire;
 use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
 use crate::lanes::encode::Encoder;
+use crate::lanes::feed::Feed;
 use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders, chain};
 use crate::pacer::Pacer;
 use crate::vmm::{DeviceState, Guest, Ram, Tracker, VmmError};
@@ -92,6 +94,8 @@ pub(crate) struct Driver {
     connector: Arc<dyn Connector>,
     control: Control,
     senders: Arc<Mutex<Senders>>,
+    /// What the latest scan hands on.
+    scanned: Arc<Feed>,
     outfit: Outfit,
     sink: SinkWatch,
     ticks: Interval,
@@ -162,6 +166,7 @@ impl Driver {
             connector: parts.connector,
             control,
             senders: Arc::default(),
+            scanned: Arc::new(Feed::open()),
             outfit,
             sink: SinkWatch::default(),
             ticks: ticks(),
@@ -237,7 +242,8 @@ impl Driver {
             Action::Reclaim { lane, frames, into } => self.reclaim(lane, frames, into),
             Action::StartTracking { into } => self.start_tracking(into),
             Action::OpenState => self.open_state(),
-            Action::Collect { rearm, into } => self.collect(rearm, into),
+            Action::Collect { into } => self.collect(into),
+            Action::Scan { rearm, with } => self.scan(rearm, with),
             Action::Copy {
                 round,
                 pages,
@@ -246,7 +252,10 @@ impl Driver {
                 pace,
             } => lock(&self.senders).copy(RoundOrder {
                 round,
-                pages,
+                feed: match pages {
+                    Pages::Known(pages) => Arc::new(Feed::of(pages)),
+                    Pages::Scanned => Arc::clone(&self.scanned),
+                },
                 zeros,
                 rewritten,
                 pace,

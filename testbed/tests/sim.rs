@@ -155,7 +155,10 @@ fn every_flaw_is_noticed_for_what_it_is() {
             | Flaw::ZerosSkipped
             | Flaw::ForgottenChunk
             | Flaw::LeftOutForGood
-            | Flaw::FramesClaimed => matches!(violation, Violation::Pages { .. }),
+            | Flaw::FramesClaimed
+            | Flaw::EndBeforeScan
+            | Flaw::ReadBeforeWatched
+            | Flaw::ReadBeforeScanned => matches!(violation, Violation::Pages { .. }),
             Flaw::EndBeforePages | Flaw::FencedInName => matches!(
                 violation,
                 Violation::Pages { .. } | Violation::PlacedAfterRun

@@ -2,6 +2,7 @@
 //! places.
 
 pub(crate) mod encode;
+pub(crate) mod feed;
 mod fresh;
 mod log;
 pub(crate) mod receive;

@@ -39,11 +39,17 @@ pub enum Flaw {
     LeftOutForGood,
     /// The target claims a frame of a dead lane that it did not place.
     FramesClaimed,
+    /// A lane that finds nothing ends the round, though the scan goes on.
+    EndBeforeScan,
+    /// Pages are read before writes to them are reported.
+    ReadBeforeWatched,
+    /// Pages are read before the scan gets to them, with those that are dirty anyway.
+    ReadBeforeScanned,
 }
 
 impl Flaw {
     /// Every flaw.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 21] = [
         Self::ForgottenPage,
         Self::UnseenWrite,
         Self::EarlyLastCollection,
@@ -62,5 +68,8 @@ impl Flaw {
         Self::ForgottenChunk,
         Self::LeftOutForGood,
         Self::FramesClaimed,
+        Self::EndBeforeScan,
+        Self::ReadBeforeWatched,
+        Self::ReadBeforeScanned,
     ];
 }

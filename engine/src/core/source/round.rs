@@ -5,23 +5,65 @@ use std::sync::Arc;
 use ferry_stream::message::{Message, Round};
 
 use super::Shared;
-use crate::core::message::{Action, Input, Pace, Reason, Rewritten, ZeroPages};
+use crate::core::message::{Action, HandedOn, Input, Pace, Pages, Reason, Rewritten, ZeroPages};
 use crate::core::pageset::PageSet;
+use crate::vmm::Rearm;
+
+/// How the next round is sent.
+struct Manner {
+    rewritten: Rewritten,
+    pace: Pace,
+}
+
+/// With the guest being handed over.
+const LAST: Manner = Manner {
+    rewritten: Rewritten::Send,
+    pace: Pace::Free,
+};
 
 impl Shared {
     /// Orders the next round over `pages`, which a collection follows.
     pub(super) fn copy(&mut self, pages: PageSet, rewritten: Rewritten) -> InFlight {
-        self.order_copy(pages, rewritten, Pace::Limited)
+        let pace = Pace::Limited;
+        self.copy_known(pages, Manner { rewritten, pace })
+    }
+
+    /// Orders the first round, over what is handed on while tracking is started.
+    pub(super) fn copy_tracked(
+        &mut self,
+        populated: Option<HandedOn>,
+        rewritten: Rewritten,
+    ) -> InFlight {
+        let pace = Pace::Limited;
+        let most = self.inventory.layout.pages();
+        let mut in_flight = self.order_copy(Pages::Scanned, most, Manner { rewritten, pace });
+        if let Some(handed_on) = populated {
+            in_flight.scanned(self, handed_on);
+        }
+        in_flight
     }
 
     /// Orders the next round over `pages`, with the guest being handed over.
     pub(super) fn copy_last(&mut self, pages: PageSet) -> InFlight {
-        self.order_copy(pages, Rewritten::Send, Pace::Free)
+        self.copy_known(pages, LAST)
     }
 
-    fn order_copy(&mut self, pages: PageSet, rewritten: Rewritten, pace: Pace) -> InFlight {
+    /// Orders a scan with the guest being handed over, and the next round over what it finds and what
+    /// is dirty anyway.
+    pub(super) fn copy_scanned(&mut self, rearm: Rearm, with: PageSet) -> InFlight {
+        let least = with.len();
+        self.actions.push_back(Action::Scan { rearm, with });
+        self.order_copy(Pages::Scanned, least, LAST)
+    }
+
+    fn copy_known(&mut self, pages: PageSet, manner: Manner) -> InFlight {
+        let all = pages.len();
+        self.order_copy(Pages::Known(Arc::new(pages)), all, manner)
+    }
+
+    fn order_copy(&mut self, pages: Pages, expected: u64, manner: Manner) -> InFlight {
         self.round = Round(self.round.0 + 1);
-        self.meter.begin_round(self.now, self.round, pages.len());
+        self.meter.begin_round(self.now, self.round, expected);
         self.lanes.begin(self.round);
         if let Some(growth) = &mut self.growth {
             growth.interrupted();
@@ -31,26 +73,41 @@ impl Shared {
         } else {
             ZeroPages::Tell
         };
+        let scan = match pages {
+            Pages::Known(_) => Scan::Over,
+            Pages::Scanned => Scan::UnderWay,
+        };
+        let Manner { rewritten, pace } = manner;
         self.actions.push_back(Action::Copy {
             round: self.round,
-            pages: Arc::new(pages),
+            pages,
             zeros,
             rewritten,
             pace,
         });
         InFlight {
             round: self.round,
+            scan,
             done: None,
         }
     }
 }
 
-/// A round on its way: over when every lane has sent its end and the target says that it is done, in
-/// whichever order the two become known.
+/// A round on its way: over when all its pages are known, every lane has sent its end, and the target
+/// says that it is done, in whichever order that becomes known.
 pub(super) struct InFlight {
     round: Round,
+    scan: Scan,
     /// Pages that the target counts.
     done: Option<u64>,
+}
+
+/// The scan that hands on the pages of a round.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Scan {
+    UnderWay,
+    /// It has ended, or the pages were known without one.
+    Over,
 }
 
 /// What a fact means to a round on its way.
@@ -74,8 +131,23 @@ impl InFlight {
                 self.done = Some(pages);
                 self.settle(shared)
             }
+            Input::Tracking(handed_on) | Input::Scanned(handed_on) if !self.is_known() => {
+                self.scanned(shared, handed_on);
+                self.settle(shared)
+            }
             input => Settled::Unrelated(input),
         }
+    }
+
+    /// The scan that the round was waiting for has ended.
+    pub(super) fn scanned(&mut self, shared: &mut Shared, handed_on: HandedOn) {
+        self.scan = Scan::Over;
+        shared.meter.scanned(handed_on);
+    }
+
+    /// Whether all pages of the round are known.
+    pub(super) fn is_known(&self) -> bool {
+        self.scan == Scan::Over
     }
 
     /// Whether the target has said that the round is done.
@@ -88,6 +160,10 @@ impl InFlight {
         let (Some(ours), Some(theirs)) = (shared.lanes.sum(), self.done) else {
             return Settled::NotYet;
         };
+        // The scan's own word may come after that of the lanes which it has let go.
+        if !self.is_known() {
+            return Settled::NotYet;
+        }
         if ours != theirs {
             return Settled::Wrong(Reason::Miscounted {
                 round: self.round,
