@@ -259,11 +259,11 @@ mod scan {
     fn clean(bencher: Bencher<'_, '_>) {
         let (_turn, qemu, _control) = guest();
         let scanned = with_tracker(&qemu, |tracker| {
-            tracker.start()?;
-            tracker.collect(Rearm::Yes, &mut |_, _| ())?;
+            tracker.start(&mut |_, _| ())?;
+            tracker.collect(Rearm::Yes, &mut |_| ())?;
             bencher
                 .counter(BytesCount::new(GUEST_MIB << 20))
-                .bench_local(|| tracker.collect(Rearm::Yes, &mut |_, _| ()));
+                .bench_local(|| tracker.collect(Rearm::Yes, &mut |_| ()));
             Ok(())
         });
         scanned.expect("the tracker works on this machine");
@@ -279,16 +279,16 @@ mod scan {
             stride: 4,
         };
         let scanned = with_tracker(&qemu, |tracker| {
-            tracker.start()?;
+            tracker.start(&mut |_, _| ())?;
             let tracker = std::cell::RefCell::new(tracker);
             bencher
                 .counter(BytesCount::new(GUEST_MIB << 20))
                 .with_inputs(|| {
-                    let protected = tracker.borrow_mut().collect(Rearm::Yes, &mut |_, _| ());
+                    let protected = tracker.borrow_mut().collect(Rearm::Yes, &mut |_| ());
                     protected.expect("the tracker works on this machine");
                     control.carry_out(order, BOUND).expect("the guest obeys");
                 })
-                .bench_local_values(|()| tracker.borrow_mut().collect(rearm, &mut |_, _| ()));
+                .bench_local_values(|()| tracker.borrow_mut().collect(rearm, &mut |_| ()));
             Ok(())
         });
         scanned.expect("the tracker works on this machine");

@@ -57,13 +57,13 @@ fn attach<T>(
 
 /// The median of some scans that find nothing.
 fn scan(tracker: &mut dyn Tracker) -> Result<Duration, VmmError> {
-    tracker.start()?;
+    tracker.start(&mut |_, _| ())?;
     // The first finds what was never protected.
-    tracker.collect(Rearm::Yes, &mut |_, _| ())?;
+    tracker.collect(Rearm::Yes, &mut |_| ())?;
     let mut times = Vec::new();
     for _ in 0..SCANS {
         let began = Instant::now();
-        tracker.collect(Rearm::Yes, &mut |_, _| ())?;
+        tracker.collect(Rearm::Yes, &mut |_| ())?;
         times.push(began.elapsed().as_secs_f64());
     }
     let spread = Spread::of(times).expect("there is more than one scan");

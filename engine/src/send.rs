@@ -4,6 +4,7 @@
 //! the flusher, the journal, each page lane. So this loop never waits for anything but facts.
 
 mod lanes;
+mod scan;
 mod vm;
 
 use std::io;
@@ -21,7 +22,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until, timeout};
 use crate::control::{BoxedConnection, Control, Silence};
 use crate::core::encoding::Compression;
 use crate::core::message::{
-    Action, Command, Deltas, GuestLeft, Input, Moment, Notice, Outcome, Record, Step,
+    Action, Command, Deltas, GuestLeft, Input, Moment, Notice, Outcome, Pages, Record, Step,
 };
 use crate::core::meter::{Progress, Report};
 use crate::core::outcome::in_full;
@@ -31,6 +32,7 @@ use crate::dial::inquire;
 use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
 use crate::lanes::encode::Encoder;
+use crate::lanes::feed::Feed;
 use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders};
 use crate::near::lender::Lender;
 use crate::pacer::Pacer;
@@ -98,6 +100,8 @@ pub(crate) struct Driver {
     lender: Option<Arc<Lender>>,
     control: Control,
     senders: Arc<Mutex<Senders>>,
+    /// What the latest scan hands on.
+    scanned: Arc<Feed>,
     outfit: Outfit,
     sink: SinkWatch,
     ticks: Interval,
@@ -171,6 +175,7 @@ impl Driver {
             lender: parts.lender.map(Arc::new),
             control,
             senders: Arc::default(),
+            scanned: Arc::new(Feed::open()),
             outfit,
             sink: SinkWatch::default(),
             ticks: ticks(),
@@ -264,7 +269,8 @@ impl Driver {
             Action::Reclaim { lane, frames, into } => self.reclaim(lane, frames, into),
             Action::StartTracking { into } => self.start_tracking(into),
             Action::OpenState => self.open_state(),
-            Action::Collect { rearm, into } => self.collect(rearm, into),
+            Action::Collect { into } => self.collect(into),
+            Action::Scan { rearm, with } => self.scan(rearm, with),
             Action::Copy {
                 round,
                 pages,
@@ -274,7 +280,10 @@ impl Driver {
                 pace,
             } => self.copy(RoundOrder {
                 round,
-                pages,
+                feed: match pages {
+                    Pages::Known(pages) => Arc::new(Feed::of(pages)),
+                    Pages::Scanned => Arc::clone(&self.scanned),
+                },
                 zeros,
                 rewritten,
                 deltas,

@@ -113,12 +113,14 @@ pub trait Ram: Send + Sync {
     /// how it differs from that is read, changed and written.
     fn read(&self, region: RegionIndex, range: PageRange, into: &mut [u8]) -> Result<(), VmmError>;
 
-    /// Source: tells `found` every run that may hold anything but zeros, in order.
+    /// Source: tells `found` every run of `range` that may hold anything but zeros, in order. May
+    /// tell of more of the region, where that is known anyway: it is not asked for again.
     ///
-    /// A page outside them was all zeros at some moment during the call.
+    /// A page of `range` outside them was all zeros at some moment during the call.
     fn populated(
         &self,
         region: RegionIndex,
+        range: PageRange,
         found: &mut dyn FnMut(PageRange),
     ) -> Result<(), VmmError>;
 
@@ -173,21 +175,43 @@ pub enum Rearm {
     No,
 }
 
+/// What a collection tells while it goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// These pages were written.
+    Written(RegionIndex, PageRange),
+    /// The collection is through with these pages, written or not: nothing more of them is told, and
+    /// they may be read.
+    Through(RegionIndex, PageRange),
+}
+
+impl Found {
+    /// The pages, if they were written.
+    pub fn written(self) -> Option<(RegionIndex, PageRange)> {
+        match self {
+            Self::Written(region, range) => Some((region, range)),
+            Self::Through(..) => None,
+        }
+    }
+}
+
 /// Dirty tracking: which pages were written since they were last reported.
 pub trait Tracker: Send {
-    /// Begins. When it returns, every later write to guest RAM will be reported, by whomever it is
-    /// made: vCPU, device emulation or direct I/O.
-    fn start(&mut self) -> Result<(), VmmError>;
-
-    /// Tells `found` every page written since it was last reported, or since `start`.
+    /// Begins. Tells `watched` a range as soon as every later write to it will be reported, by whomever
+    /// it is made: vCPU, device emulation or direct I/O. The engine reads these pages at once, from
+    /// other threads, so a range that is told too early loses memory; one that is not told at all is
+    /// only read later. When the call returns, all guest RAM is watched.
     ///
-    /// When it returns, a read sees at least the write that led to a report; a write that happens
-    /// during the call is in this report or in the next.
-    fn collect(
-        &mut self,
-        rearm: Rearm,
-        found: &mut dyn FnMut(RegionIndex, PageRange),
-    ) -> Result<(), VmmError>;
+    /// Worth telling in pieces that take about a millisecond: meanwhile the lanes have work.
+    fn start(&mut self, watched: &mut dyn FnMut(RegionIndex, PageRange)) -> Result<(), VmmError>;
+
+    /// Tells `found` every page written since it was last reported, or since it was watched. The order
+    /// is the tracker's own.
+    ///
+    /// Once it is through with a page, and at the latest when it returns, a read sees at least the write
+    /// that led to a report; a write that happens later is in the next report, one that happens during
+    /// the call in this one or in the next.
+    fn collect(&mut self, rearm: Rearm, found: &mut dyn FnMut(Found)) -> Result<(), VmmError>;
 
     /// A look at the same, for the page workers. Called once, after `start`. It keeps nothing alive:
     /// after `stop` a look may fail, or find nothing.

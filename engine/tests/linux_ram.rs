@@ -53,8 +53,10 @@ fn places(range: PageRange) -> Range<usize> {
 
 fn populated(ram: &SharedRam) -> Vec<PageRange> {
     let mut found = Vec::new();
-    ram.populated(REGION, &mut |range| found.push(range))
-        .unwrap();
+    ram.populated(REGION, PageRange::new(0, PAGES), &mut |range| {
+        found.push(range)
+    })
+    .unwrap();
     found
 }
 
@@ -221,6 +223,33 @@ fn finds_what_is_populated() {
                 PageRange::new(PAGES - 1, 1),
             ];
             assert_eq!(found, expected, "{kind}");
+        }
+    }
+}
+
+/// What is asked for is found whole, and what is told beyond it is data as well.
+#[test]
+fn finds_what_is_populated_in_a_part() {
+    for (kind, backing) in kinds() {
+        let ram = target(&backing);
+        let data = PageRange::new(100, 500);
+        ram.write(REGION, data, &bytes_of(data, 9)).unwrap();
+        let all = populated(&ram);
+        for part in [(0, 100), (0, 150), (150, 50), (550, 150), (600, 100)] {
+            let part = PageRange::new(part.0, part.1);
+            let pages = |range: &PageRange| range.first.0..range.end().0;
+            let within = |page: &u64| pages(&part).contains(page);
+            let mut found = Vec::new();
+            ram.populated(REGION, part, &mut |range| found.extend(pages(&range)))
+                .unwrap();
+            let expected: Vec<_> = all.iter().flat_map(pages).filter(within).collect();
+            let of_part: Vec<_> = found.iter().copied().filter(within).collect();
+            assert_eq!(of_part, expected, "{kind}, {part}");
+            let all: Vec<_> = all.iter().flat_map(pages).collect();
+            assert!(
+                found.iter().all(|page| all.contains(page)),
+                "{kind}, {part}"
+            );
         }
     }
 }
@@ -397,7 +426,8 @@ fn puts_every_region_in_its_place() {
     assert_eq!(found, bytes_of(written, 3));
     assert_eq!((first.allocated(), second.allocated()), (0, page));
     let mut extents = Vec::new();
-    ram.populated(RegionIndex(1), &mut |range| extents.push(range))
+    let all = PageRange::new(0, 2);
+    ram.populated(RegionIndex(1), all, &mut |range| extents.push(range))
         .unwrap();
     assert_eq!(extents, [written]);
 }

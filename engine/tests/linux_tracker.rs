@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ferry_engine::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
 use ferry_engine::linux::uffd::{Features, Mode, Uffd};
 use ferry_engine::linux::{RamTracker, TrackedRange, inject};
-use ferry_engine::vmm::{Rearm, Tracker, VmmError};
+use ferry_engine::vmm::{Found, Rearm, Tracker, VmmError};
 use linux_child::{HUGE_PAGE, Ram, Tracked};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -27,19 +27,33 @@ fn tracker_of(child: &Tracked) -> RamTracker {
     RamTracker::new(Arc::clone(&child.process), vec![range])
 }
 
-/// The pages of one collection, which tells each once and in order.
-fn collect(tracker: &mut RamTracker, rearm: Rearm) -> BTreeSet<u64> {
+/// The pages of one collection, which tells each once, and nothing of what it is through with; and
+/// that is everything in the end.
+fn collect_of(tracker: &mut RamTracker, rearm: Rearm, all: u64) -> BTreeSet<u64> {
     let mut pages = BTreeSet::new();
-    let mut add = |region, range: PageRange| {
-        assert_eq!(region, REGION);
-        assert!(
-            pages.last().is_none_or(|last| *last < range.first.0),
-            "told twice, or out of order"
-        );
-        pages.extend(range.first.0..range.end().0);
+    let mut through = BTreeSet::new();
+    let of = |range: PageRange| range.first.0..range.end().0;
+    let mut add = |found| match found {
+        Found::Written(region, range) => {
+            assert_eq!(region, REGION);
+            for page in of(range) {
+                assert!(!through.contains(&page), "told when it was through with it");
+                assert!(pages.insert(page), "told twice");
+            }
+        }
+        Found::Through(region, range) => {
+            assert_eq!(region, REGION);
+            let fresh = of(range).filter(|page| through.insert(*page)).count();
+            assert_eq!(fresh as u64, range.count, "through with pages twice");
+        }
     };
     tracker.collect(rearm, &mut add).unwrap();
+    assert_eq!(through.len() as u64, all);
     pages
+}
+
+fn collect(tracker: &mut RamTracker, rearm: Rearm) -> BTreeSet<u64> {
+    collect_of(tracker, rearm, PAGES)
 }
 
 /// What a look shows, piece by piece and not on the boundaries of anything.
@@ -83,7 +97,7 @@ fn reports_exactly_what_was_written(ram: &Ram, unit: u64) {
     let mut tracker = tracker_of(&child);
     // Some pages are there before, most are not.
     write(&mut child, &(0..PAGES / 4).collect());
-    tracker.start().unwrap();
+    tracker.start(&mut |_, _| ()).unwrap();
     assert_eq!(collect(&mut tracker, Rearm::Yes), BTreeSet::new());
 
     let page = prop_oneof![4 => 0..PAGES, 1 => 0..64_u64, 1 => PAGES - 64..PAGES];
@@ -144,22 +158,23 @@ fn loses_no_write(ram: &Ram) {
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
     assert_eq!(child.ask("run 3"), "running");
-    tracker.start().unwrap();
     let mut copy = vec![0; usize::try_from(RAM_BYTES).unwrap()];
-    ram.file.read_exact_at(&mut copy, 0).unwrap();
+    let mut read = |range: PageRange| {
+        let bytes = range.bytes();
+        let place = usize::try_from(bytes.start).unwrap()..usize::try_from(bytes.end).unwrap();
+        ram.file
+            .read_exact_at(&mut copy[place], bytes.start)
+            .unwrap();
+    };
+    // What is watched may be read at once.
+    tracker.start(&mut |_, range| read(range)).unwrap();
     let mut refresh = |tracker: &mut RamTracker, rearm| {
         let mut ranges = Vec::new();
         tracker
-            .collect(rearm, &mut |_, range: PageRange| ranges.push(range))
+            .collect(rearm, &mut |found| ranges.extend(found.written()))
             .unwrap();
-        for range in &ranges {
-            let bytes = range.bytes();
-            let place = usize::try_from(bytes.start).unwrap()..usize::try_from(bytes.end).unwrap();
-            ram.file
-                .read_exact_at(&mut copy[place], bytes.start)
-                .unwrap();
-        }
-        ranges.iter().map(|range| range.count).sum::<u64>()
+        ranges.iter().for_each(|(_, range)| read(*range));
+        ranges.iter().map(|(_, range)| range.count).sum::<u64>()
     };
     let mut refreshed = 0;
     let deadline = Instant::now() + Duration::from_secs(30);
@@ -203,13 +218,39 @@ fn a_look_in_parallel_is_exact() {
     let ram = Ram::memfd(LARGE_BYTES);
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
-    tracker.start().unwrap();
+    tracker.start(&mut |_, _| ()).unwrap();
     let last = LARGE_BYTES / PAGE_SIZE as u64 - 1;
     let pages: BTreeSet<_> = (0..=last).step_by(1_021).chain([last]).collect();
     write(&mut child, &pages);
-    assert_eq!(collect(&mut tracker, Rearm::No), pages);
-    assert_eq!(collect(&mut tracker, Rearm::Yes), pages);
-    assert_eq!(collect(&mut tracker, Rearm::No), BTreeSet::new());
+    let mut collected = |rearm| collect_of(&mut tracker, rearm, last + 1);
+    assert_eq!(collected(Rearm::No), pages);
+    assert_eq!(collected(Rearm::Yes), pages);
+    assert_eq!(collected(Rearm::No), BTreeSet::new());
+}
+
+/// Guest RAM of many pieces: each is told when writes to it are reported, and all are.
+#[test]
+fn watches_piece_by_piece() {
+    const LARGE_BYTES: u64 = 300 << 20;
+    let ram = Ram::memfd(LARGE_BYTES);
+    let mut child = Tracked::start(ram.path());
+    let mut tracker = tracker_of(&child);
+    let mut next = 0;
+    let mut written = BTreeSet::new();
+    let mut pieces = 0;
+    tracker
+        .start(&mut |region, range| {
+            assert_eq!((region, range.first.0), (REGION, next), "in order");
+            next = range.end().0;
+            pieces += 1;
+            // Its first page, at once, with the rest not watched yet.
+            write(&mut child, &BTreeSet::from([range.first.0]));
+            written.insert(range.first.0);
+        })
+        .unwrap();
+    assert!(pieces > 1);
+    assert_eq!(next, LARGE_BYTES / PAGE_SIZE as u64);
+    assert_eq!(collect_of(&mut tracker, Rearm::Yes, next), written);
 }
 
 /// An engine that was killed leaves its descriptor; the next one tracks all the same.
@@ -225,7 +266,7 @@ fn what_a_dead_engine_left_is_closed() {
     // It dies.
     drop(uffd);
     let mut tracker = tracker_of(&child);
-    tracker.start().unwrap();
+    tracker.start(&mut |_, _| ()).unwrap();
     tracker.stop().unwrap();
     assert_eq!(child.descriptors(), before);
 }
@@ -237,8 +278,8 @@ fn leaves_the_descriptors_as_they_were() {
     let before = child.descriptors();
     let mut tracker = tracker_of(&child);
     for _ in 0..3 {
-        tracker.start().unwrap();
-        tracker.start().unwrap();
+        tracker.start(&mut |_, _| ()).unwrap();
+        tracker.start(&mut |_, _| ()).unwrap();
         // Not even meanwhile: a descriptor in there would outlive an engine that is killed.
         assert_eq!(child.descriptors(), before);
         write(&mut child, &BTreeSet::from([1]));
@@ -247,7 +288,7 @@ fn leaves_the_descriptors_as_they_were() {
         tracker.stop().unwrap();
         assert_eq!(child.descriptors(), before);
     }
-    tracker.start().unwrap();
+    tracker.start(&mut |_, _| ()).unwrap();
     drop(tracker);
     assert_eq!(child.descriptors(), before);
     write(&mut child, &BTreeSet::from([2]));
@@ -268,19 +309,19 @@ fn a_start_that_fails_undoes_everything() {
     let mut upper = track(vec![range(middle..all.end)]);
     let mut both = track(vec![range(all.start..middle), range(middle..all.end)]);
     let mut lower = track(vec![range(all.start..middle)]);
-    upper.start().unwrap();
+    upper.start(&mut |_, _| ()).unwrap();
     // Refused at its second range, when the first is registered already.
-    let refused = both.start();
+    let refused = both.start(&mut |_, _| ());
     assert!(
         matches!(refused, Err(VmmError::Unfit { .. })),
         "{refused:?}"
     );
     assert_eq!(child.descriptors(), before);
-    lower.start().unwrap();
+    lower.start(&mut |_, _| ()).unwrap();
     lower.stop().unwrap();
     // The one that is at work is not disturbed.
     write(&mut child, &BTreeSet::from([5, PAGES / 2, PAGES - 1]));
-    let reported = collect(&mut upper, Rearm::Yes);
+    let reported = collect_of(&mut upper, Rearm::Yes, PAGES / 2);
     assert_eq!(reported, BTreeSet::from([0, PAGES / 2 - 1]));
     upper.stop().unwrap();
     assert_eq!(child.descriptors(), before);
@@ -291,7 +332,7 @@ fn a_process_that_has_ended_is_told_as_gone() {
     let ram = Ram::memfd(RAM_BYTES);
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
-    tracker.start().unwrap();
+    tracker.start(&mut |_, _| ()).unwrap();
     let fresh = tracker.fresh().unwrap();
     child.kill();
     // A page worker's look may be the first to meet it. Older kernels find nothing.
@@ -300,12 +341,12 @@ fn a_process_that_has_ended_is_told_as_gone() {
         matches!(looked, Ok(()) | Err(VmmError::Gone { .. })),
         "{looked:?}"
     );
-    let collected = tracker.collect(Rearm::Yes, &mut |_, _| {});
+    let collected = tracker.collect(Rearm::Yes, &mut |_| {});
     assert!(
         matches!(collected, Err(VmmError::Gone { .. })),
         "{collected:?}"
     );
     tracker.stop().unwrap();
-    let started = tracker.start();
+    let started = tracker.start(&mut |_, _| ());
     assert!(matches!(started, Err(VmmError::Gone { .. })), "{started:?}");
 }

@@ -42,9 +42,11 @@ fn orders() -> Vec<Order> {
 fn collect(tracker: &mut dyn Tracker, rearm: Rearm) -> BTreeSet<u64> {
     let mut pages = BTreeSet::new();
     tracker
-        .collect(rearm, &mut |region, range| {
-            assert_eq!(region.0, 0);
-            pages.extend(range.first.0..range.first.0 + range.count);
+        .collect(rearm, &mut |found| {
+            if let Some((region, range)) = found.written() {
+                assert_eq!(region.0, 0);
+                pages.extend(range.first.0..range.end().0);
+            }
         })
         .unwrap();
     pages
@@ -71,7 +73,7 @@ fn is_exact(machine: &Machine, unit: u64) {
         .block_on(Attached::attach(&address, &Options::default()))
         .unwrap();
     let mut tracker = attached.vm(Side::Source).unwrap().tracker;
-    tracker.start().unwrap();
+    tracker.start(&mut |_, _| ()).unwrap();
     for order in orders() {
         control.carry_out(order, BOUND).unwrap();
         let expected = expected(order.pages(), unit);

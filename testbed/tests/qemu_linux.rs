@@ -48,7 +48,7 @@ fn copy(from: &Vm, to: &Vm, region: RegionIndex, range: PageRange) {
 fn copy_written(from: &mut Vm, to: &Vm, rearm: Rearm) -> u64 {
     let mut written = Vec::new();
     from.tracker
-        .collect(rearm, &mut |region, range| written.push((region, range)))
+        .collect(rearm, &mut |found| written.extend(found.written()))
         .unwrap();
     for &(region, range) in &written {
         copy(from, to, region, range);
@@ -67,10 +67,10 @@ fn moves(source: &Qemu, target: &Qemu, page: &StatusPage) {
     let there = target.counterpart(page);
     let probe = Probe::start(page.clone(), Some(there.clone()));
 
-    from.tracker.start().unwrap();
-    for (region, _) in from.ram.layout().iter() {
-        let copy = &mut |range| copy(&from, &to, region, range);
-        from.ram.populated(region, copy).unwrap();
+    from.tracker.start(&mut |_, _| ()).unwrap();
+    for (index, region) in from.ram.layout().iter() {
+        let copy = &mut |range| copy(&from, &to, index, range);
+        from.ram.populated(index, region.all(), copy).unwrap();
     }
     copy_written(&mut from, &to, Rearm::Yes);
     from.guest.flusher()().unwrap();

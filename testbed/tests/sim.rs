@@ -165,7 +165,10 @@ fn every_flaw_is_noticed_for_what_it_is() {
             | Flaw::ForgottenChunk
             | Flaw::LeftOutForGood
             | Flaw::FramesClaimed
-            | Flaw::MismatchUntold => matches!(violation, Violation::Pages { .. }),
+            | Flaw::MismatchUntold
+            | Flaw::EndBeforeScan
+            | Flaw::ReadBeforeWatched
+            | Flaw::ReadBeforeScanned => matches!(violation, Violation::Pages { .. }),
             Flaw::EndBeforePages | Flaw::FencedInName => matches!(
                 violation,
                 Violation::Pages { .. } | Violation::PlacedAfterRun | Violation::UnfitDelta { .. }

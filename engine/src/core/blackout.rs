@@ -1,13 +1,14 @@
 //! Where the blackout goes: its parts, on the source's clock.
 //!
 //! ```text
-//! STOP     drained   known        copied and saved    told      loading      Ready      Go       Running
-//!   │ flush   │  stop  │  state_save, or  │    scan     │  pages   │ state_load │  other  │  resume,   │
-//!   │         │        │  scan and pages  │             │          │            │         │   other    │
+//! STOP     drained   known        copied and saved        loading      Ready      Go       Running
+//!   │ flush   │  stop  │  state_save, or  │ scan and pages │ state_load │  other  │  resume,   │
+//!   │         │        │  scan and pages  │                │            │         │   other    │
 //! ```
 //!
 //! What the guest left dirty is collected and sent while its device state is saved. That span counts
-//! to whichever ended last: the other cost nothing. The device state travels with the pages and is
+//! to whichever ended last: the other cost nothing. Pages are sent while the scan goes on, so the scan
+//! cost no more than the lanes' wait for it, and all the rest of the span is the pages'. The device state travels with the pages and is
 //! received before it is loaded. What the two VMMs did at the target is told by the target, as
 //! durations, for the clocks differ; the way there and back, the journals and waking up are `other`.
 
@@ -63,7 +64,8 @@ impl Blackout {
 pub(crate) struct Stopwatch {
     parts: Blackout,
     mark: Mark,
-    collected: Moment,
+    /// How long the lanes of the open round waited for the scan.
+    starved: Duration,
     placed: Moment,
 }
 
@@ -72,7 +74,7 @@ impl Stopwatch {
         Self {
             parts: Blackout::default(),
             mark: Mark(at),
-            collected: at,
+            starved: Duration::ZERO,
             placed: at,
         }
     }
@@ -87,9 +89,9 @@ impl Stopwatch {
         self.parts.stop += self.mark.lap(now);
     }
 
-    /// What the guest left dirty is known.
-    pub(crate) fn collected(&mut self, now: Moment) {
-        self.collected = now;
+    /// A scan has ended, for which the lanes waited so long.
+    pub(crate) fn scanned(&mut self, starved: Duration) {
+        self.starved = starved;
     }
 
     /// What the guest left dirty is in place.
@@ -102,13 +104,17 @@ impl Stopwatch {
         if saved >= self.placed {
             self.parts.state_save += self.mark.lap(now);
         } else {
-            self.parts.scan += self.mark.lap(self.collected);
-            self.parts.pages += self.mark.lap(now);
+            let span = self.mark.lap(now);
+            self.charge_pages(span);
         }
+        self.starved = Duration::ZERO;
     }
 
-    pub(crate) fn last_collected(&mut self, now: Moment) {
-        self.parts.scan += self.mark.lap(now);
+    /// Charges a span in which pages were sent.
+    fn charge_pages(&mut self, span: Duration) {
+        let scan = self.starved.min(span);
+        self.parts.scan += scan;
+        self.parts.pages += span.saturating_sub(scan);
     }
 
     /// The target has loaded, which by its own clock took `load`.
@@ -116,7 +122,7 @@ impl Stopwatch {
         let span = self.mark.lap(now);
         let load = load.min(span);
         self.parts.state_load += load;
-        self.parts.pages += span.saturating_sub(load);
+        self.charge_pages(span.saturating_sub(load));
     }
 
     pub(crate) fn given(&mut self, now: Moment) {
@@ -165,10 +171,10 @@ mod tests {
     fn every_moment_is_charged_once() {
         let mut watch = Stopwatch::started(at(100));
         watch.paused(at(103), at(104));
-        watch.collected(at(105));
+        watch.scanned(ms(1));
         watch.placed(at(107));
         watch.copied_and_saved(at(109), at(110));
-        watch.last_collected(at(112));
+        watch.scanned(ms(2));
         watch.ready(at(120), ms(5));
         watch.given(at(121));
         watch.runs(at(125), ms(1));
@@ -190,11 +196,25 @@ mod tests {
     fn a_copy_that_outlasts_the_save_is_what_was_waited_for() {
         let mut watch = Stopwatch::started(at(0));
         watch.paused(at(1), at(1));
-        watch.collected(at(3));
+        watch.scanned(ms(2));
         watch.placed(at(9));
         watch.copied_and_saved(at(5), at(9));
         assert_eq!(watch.parts().state_save, ms(0));
         assert_eq!((watch.parts().scan, watch.parts().pages), (ms(2), ms(6)));
+    }
+
+    #[test]
+    fn a_scan_costs_what_was_waited_for_it_and_never_more_than_went_by() {
+        let mut watch = Stopwatch::started(at(0));
+        watch.scanned(ms(100));
+        watch.placed(at(9));
+        watch.copied_and_saved(at(5), at(9));
+        assert_eq!((watch.parts().scan, watch.parts().pages), (ms(9), ms(0)));
+        // The last scan has nobody wait.
+        watch.scanned(ms(0));
+        watch.ready(at(20), ms(7));
+        assert_eq!((watch.parts().scan, watch.parts().pages), (ms(9), ms(4)));
+        assert_eq!(watch.parts().total(), ms(20));
     }
 
     #[test]

@@ -100,6 +100,25 @@ pub struct LaneSeen {
     pub bytes: u64,
 }
 
+/// Which pages a round sends.
+#[derive(Clone, Debug)]
+pub enum Pages {
+    /// These.
+    Known(Arc<PageSet>),
+    /// What a scan hands on while the round is under way: of [`Action::StartTracking`] or
+    /// [`Action::Scan`], whichever was ordered last. The round ends after the scan.
+    Scanned,
+}
+
+/// What a scan has handed on to its round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HandedOn {
+    /// Pages, each counted once.
+    pub pages: u64,
+    /// How long the lanes of the round waited for pages, on average.
+    pub starved: Duration,
+}
+
 /// Whether zero pages must be told to the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZeroPages {
@@ -202,11 +221,8 @@ pub enum Input {
         /// How that showed.
         what: String,
     },
-    /// Source: tracking is on, and these pages may hold something else than zeros.
-    Tracking {
-        /// Read after tracking began.
-        populated: PageSet,
-    },
+    /// Source: tracking is on, and every page that may hold something else than zeros was handed on.
+    Tracking(HandedOn),
     /// Source: the device state can be saved.
     StateOpen,
     /// Source: what the lanes have done so far.
@@ -234,6 +250,8 @@ pub enum Input {
         /// The set that came with the order, filled.
         found: PageSet,
     },
+    /// Source: a scan has ended, and what it found was handed on.
+    Scanned(HandedOn),
     /// Source: disk images are flushed.
     Flushed,
     /// Source: the guest is paused and its I/O has landed.
@@ -358,27 +376,35 @@ pub enum Action {
         /// An empty set to fill.
         into: PageSet,
     },
-    /// Source: begin to track, then list what is populated. Answered by [`Input::Tracking`].
+    /// Source: begin to track, part after part, and hand on what is populated in each: never before
+    /// writes to it are reported. Answered by [`Input::Tracking`].
     StartTracking {
         /// An empty set to fill.
         into: PageSet,
     },
     /// Source: get ready to save. Answered by [`Input::StateOpen`].
     OpenState,
-    /// Source: collect what was written. Answered by [`Input::Collected`].
+    /// Source: collect what was written, and watch it again. Answered by [`Input::Collected`].
     Collect {
-        /// Whether to watch the pages again.
-        rearm: Rearm,
         /// An empty set to fill.
         into: PageSet,
     },
-    /// Source: send these pages and end the round on every lane that has joined. Answered by an
+    /// Source: collect what was written, and hand it on to the round that is ordered next, part after
+    /// part. Answered by [`Input::Scanned`].
+    Scan {
+        /// Whether to watch the pages again.
+        rearm: Rearm,
+        /// Pages that are dirty anyway. They go as well, each with its part: what is read before its
+        /// part is scanned may be written again, and a page travels once in a round.
+        with: PageSet,
+    },
+    /// Source: send pages and end the round on every lane that has joined. Answered by an
     /// [`Input::LaneSent`] of each.
     Copy {
         /// The round.
         round: Round,
         /// What to send.
-        pages: Arc<PageSet>,
+        pages: Pages,
         /// Whether zeros must be told.
         zeros: ZeroPages,
         /// Whether pages may be left out.

@@ -9,7 +9,7 @@ use crate::core::blackout::{Blackout, Stopwatch};
 use crate::core::converge::Spread;
 use crate::core::encoding::EncodingTotals;
 use crate::core::layout::PAGE_SIZE;
-use crate::core::message::{LaneTotals, Moment, Phase};
+use crate::core::message::{HandedOn, LaneTotals, Moment, Phase};
 
 /// Rounds shorter than this in bytes measure latency and not the link; they do not count as a rate.
 const RATE_SAMPLE_BYTES: u64 = 1 << 20;
@@ -29,7 +29,7 @@ const ASSUMED_LATENCY: Duration = Duration::from_millis(1);
 pub struct RoundReport {
     /// Which.
     pub round: Round,
-    /// Pages to send at its beginning.
+    /// Pages to send.
     pub dirty_pages: u64,
     /// Pages told to the target.
     pub pages: u64,
@@ -48,7 +48,7 @@ pub struct RoundReport {
 pub struct Report {
     /// From the start to the end.
     pub total: Duration,
-    /// From the start to the first page.
+    /// From the start to the first round.
     pub setup: Duration,
     /// From the guest's last instruction here to the target's word that it runs: an upper bound of
     /// the blackout. `None` when it did not move.
@@ -177,6 +177,7 @@ pub(crate) struct Meter {
     scans: OfLate,
     latencies: OfLate,
     collected_at: Option<Moment>,
+    tracking_ordered: Option<Moment>,
     first_page: Option<Moment>,
     stopped: Option<Moment>,
     blackout: Option<Stopwatch>,
@@ -188,20 +189,33 @@ pub(crate) struct Meter {
 #[derive(Debug)]
 struct OpenRound {
     round: Round,
+    /// Pages to send; what is expected, as long as a scan hands on more.
     dirty_pages: u64,
+    /// How long its lanes waited for a scan.
+    starved: Duration,
     began: Moment,
     before: LaneTotals,
 }
 
 impl Meter {
+    /// A round begins, of so many pages as far as is known.
     pub(crate) fn begin_round(&mut self, now: Moment, round: Round, dirty_pages: u64) {
         self.first_page.get_or_insert(now);
         self.open = Some(OpenRound {
             round,
             dirty_pages,
+            starved: Duration::ZERO,
             began: now,
             before: self.totals,
         });
+    }
+
+    /// The scan has ended that handed on the pages of the open round.
+    pub(crate) fn scanned(&mut self, handed_on: HandedOn) {
+        if let Some(open) = &mut self.open {
+            open.dirty_pages = handed_on.pages;
+            open.starved = handed_on.starved;
+        }
     }
 
     /// Notes what the lanes have done. Totals that were read earlier and come later are nothing new.
@@ -223,12 +237,14 @@ impl Meter {
         let took = now.since(open.began);
         let bytes = totals.bytes - open.before.bytes;
         let data_bytes = self.data_bytes_since(open.before);
+        // A wait for the scan is no fault of the link.
+        let sent_for = took.saturating_sub(open.starved);
         if data_bytes >= RATE_SAMPLE_BYTES {
-            self.rate = per_second(data_bytes, took);
+            self.rate = per_second(data_bytes, sent_for);
         } else {
             let nanos = data_bytes.saturating_mul(1_000_000_000) / self.rate(now);
             self.latencies
-                .push(took.saturating_sub(Duration::from_nanos(nanos)));
+                .push(sent_for.saturating_sub(Duration::from_nanos(nanos)));
         }
         self.rounds.push(RoundReport {
             round: open.round,
@@ -258,9 +274,17 @@ impl Meter {
         }
     }
 
-    /// Tracking begins: the first collection counts from here.
+    /// Notes the order to begin tracking.
+    pub(crate) fn tracking_ordered(&mut self, now: Moment) {
+        self.tracking_ordered = Some(now);
+    }
+
+    /// All is tracked: the first collection counts from here. Or rather from the middle of the start,
+    /// for what was tracked first was written for longest: a first round may last no longer than that
+    /// takes, and what was written meanwhile would seem to have been written in no time.
     pub(crate) fn tracking(&mut self, now: Moment) {
-        self.collected_at = Some(now);
+        let ordered = self.tracking_ordered.unwrap_or(now);
+        self.collected_at = Some(ordered.after(now.since(ordered) / 2));
     }
 
     pub(crate) fn stopped(&mut self, at: Moment) {
@@ -305,7 +329,8 @@ impl Meter {
     pub(crate) fn rate(&self, now: Moment) -> u64 {
         let within = self.open.as_ref().and_then(|open| {
             let bytes = self.data_bytes_since(open.before);
-            (bytes >= RATE_SAMPLE_BYTES).then(|| per_second(bytes, now.since(open.began)))?
+            let sent_for = now.since(open.began).saturating_sub(open.starved);
+            (bytes >= RATE_SAMPLE_BYTES).then(|| per_second(bytes, sent_for))?
         });
         within.or(self.rate).unwrap_or(ASSUMED_RATE).max(1)
     }
@@ -476,6 +501,37 @@ mod tests {
         meter.end_round(ms(203));
         // 31 pages take 1,015,808 ns at the rate that is assumed.
         assert_eq!(meter.latency().slowest, Duration::from_nanos(1_984_192));
+    }
+
+    #[test]
+    fn a_round_over_what_a_scan_hands_on_is_measured_without_the_wait_for_it() {
+        let mut meter = Meter::default();
+        meter.begin_round(ms(0), Round(1), 1 << 20);
+        assert_eq!(meter.open_pages(), (0, 1 << 20));
+        let (pages, starved) = (1000, Duration::from_millis(500));
+        meter.scanned(HandedOn { pages, starved });
+        assert_eq!(meter.open_pages(), (0, 1000));
+        meter.sent(LaneTotals {
+            pages,
+            ..LaneTotals::default()
+        });
+        assert_eq!(meter.rate(ms(1500)), 1000 * 4096);
+        meter.end_round(ms(1500));
+        assert_eq!(meter.rate(ms(1600)), 1000 * 4096);
+        let round = meter.rounds()[0];
+        assert_eq!((round.dirty_pages, round.took.as_millis()), (1000, 1500));
+    }
+
+    /// Whatever is tracked from the beginning of the start on was written during all of it.
+    #[test]
+    fn what_is_written_while_tracking_starts_is_no_rate_of_the_time_after_it() {
+        let mut meter = Meter::default();
+        meter.tracking_ordered(ms(10));
+        meter.begin_round(ms(12), Round(1), 100);
+        meter.tracking(ms(110));
+        meter.end_round(ms(111));
+        meter.collected(ms(112), 100);
+        assert_eq!(meter.dirty_rate(), 100 * 4096 * 1000 / 52);
     }
 
     #[test]

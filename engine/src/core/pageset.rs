@@ -4,8 +4,11 @@
 //! set costs what is in it and not what the guest has installed: 1 TiB of RAM is 32 MiB of bits and
 //! half a MiB of summary, and a set of ten pages touches ten words.
 
+mod piece;
+
 use std::fmt;
 
+pub use self::piece::Piece;
 use crate::core::layout::{Layout, PageNumber, PageRange, RegionIndex};
 
 const WORD_BITS: u64 = u64::BITS as u64;
@@ -88,6 +91,33 @@ impl PageSet {
         Ok(change.unsigned_abs())
     }
 
+    /// Takes all pages out that are in `range`, as a set of their own.
+    pub fn take(&mut self, region: RegionIndex, range: PageRange) -> Result<Piece, OutsideRam> {
+        self.checked(region, range)?;
+        let mut piece = Piece::empty(region, range);
+        while let Some(run) = self.next_within(region, range) {
+            self.remove(region, run)?;
+            piece.insert(run);
+        }
+        Ok(piece)
+    }
+
+    /// The first run of pages that are in the set and in `range`.
+    fn next_within(&self, region: RegionIndex, range: PageRange) -> Option<PageRange> {
+        let run = self.bits(region)?.next_run(range.first.0, range.count)?;
+        let count = range.end().0.checked_sub(run.first.0)?.min(run.count);
+        (count > 0).then(|| PageRange::new(run.first.0, count))
+    }
+
+    /// The part of `range` from its first page on that is not in the set; empty when all of it is.
+    pub fn from_first_stranger(&self, region: RegionIndex, range: PageRange) -> PageRange {
+        let end = range.end().0;
+        let first = self.bits(region).map_or(range.first.0, |bits| {
+            bits.next_stranger(range.first.0, end.min(bits.pages))
+        });
+        PageRange::new(first, end - first)
+    }
+
     /// Adds every page of `other`, a set over the same layout.
     pub fn union(&mut self, other: &Self) {
         for (region, range) in other.ranges() {
@@ -155,6 +185,18 @@ impl PageSet {
 pub struct Cursor {
     pub(crate) region: u16,
     pub(crate) page: u64,
+}
+
+impl Cursor {
+    /// The page from which to go on.
+    pub(crate) fn page(self) -> PageNumber {
+        PageNumber(self.page)
+    }
+
+    /// Moves past `range`, in the same region.
+    pub(crate) fn pass(&mut self, range: PageRange) {
+        self.page = range.end().0;
+    }
 }
 
 /// The pages of one region. Bit `i` of `summary` is set exactly when `words[i]` is not zero.

@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use super::send::{Queue, Run};
+use super::feed::Place;
+use super::send::{RoundOrder, Run};
 use crate::core::message::Reclaimed;
 use crate::core::pageset::{Cursor, OutsideRam, PageSet};
 
@@ -14,18 +15,29 @@ const CHUNK_LOG_BYTES: usize = 16;
 
 const _: () = assert!(size_of::<Chunk>() == CHUNK_LOG_BYTES);
 
-/// A chunk of the queue: where it was taken, and how many of its pages were told.
+/// A chunk: where it was taken, and how many of its pages were told.
 #[derive(Clone, Copy, Debug)]
 struct Chunk {
     page: u64,
+    segment: u32,
     region: u16,
-    told: u32,
+    told: u16,
+}
+
+impl Chunk {
+    fn place(self) -> Place {
+        let (region, page) = (self.region, self.page);
+        Place {
+            segment: self.segment,
+            cursor: Cursor { region, page },
+        }
+    }
 }
 
 /// The log of one lane. Each chunk is a frame, in order.
 #[derive(Default)]
 pub(crate) struct Log {
-    queue: Option<Arc<Queue>>,
+    order: Option<Arc<RoundOrder>>,
     /// The number of the round's first frame.
     first: u64,
     chunks: Vec<Chunk>,
@@ -50,17 +62,18 @@ pub(crate) enum ReclaimError {
 
 impl Log {
     /// A round begins, and with it a new log. `first` is the number of the next frame.
-    pub(super) fn begin(&mut self, queue: &Arc<Queue>, first: u64) {
-        self.queue = Some(Arc::clone(queue));
+    pub(super) fn begin(&mut self, order: &Arc<RoundOrder>, first: u64) {
+        self.order = Some(Arc::clone(order));
         self.first = first;
         self.chunks.clear();
     }
 
     /// A chunk is taken: from here on it is the lane's to send.
-    pub(super) fn take(&mut self, at: Cursor) {
+    pub(super) fn take(&mut self, at: Place) {
         self.chunks.push(Chunk {
-            page: at.page,
-            region: at.region,
+            page: at.cursor.page,
+            segment: at.segment,
+            region: at.cursor.region,
             told: 0,
         });
     }
@@ -70,7 +83,7 @@ impl Log {
         if pages == 0 {
             self.chunks.pop();
         } else if let Some(chunk) = self.chunks.last_mut() {
-            chunk.told = u32::try_from(pages).unwrap_or(u32::MAX);
+            chunk.told = u16::try_from(pages).unwrap_or(u16::MAX);
         }
     }
 
@@ -97,23 +110,17 @@ impl Log {
         let (placed, missing) = self.chunks.split_at(placed.min(self.chunks.len()));
         let mut runs = Vec::new();
         for chunk in missing {
-            let Some(queue) = &self.queue else { break };
-            queue.take_at(
-                &mut Cursor {
-                    region: chunk.region,
-                    page: chunk.page,
-                },
-                &mut runs,
-            );
+            let Some(order) = &self.order else { break };
+            order.feed.take_at(chunk.place(), &mut runs);
             for &Run { region, range } in &runs {
                 into.insert(region, range)?;
             }
         }
         Ok(Reclaimed {
             round: self
-                .queue
+                .order
                 .as_ref()
-                .map_or_else(Default::default, |queue| queue.round),
+                .map_or_else(Default::default, |order| order.round),
             placed: told(placed),
             since_end: if frames == sent { 0 } else { told(placed) },
             found: into,
@@ -127,13 +134,15 @@ fn told(chunks: &[Chunk]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use ferry_stream::message::Round;
 
     use super::*;
     use crate::core::layout::{Layout, PageRange, Region, RegionIndex};
     use crate::core::message::{Deltas, Pace, Rewritten, ZeroPages};
+    use crate::lanes::feed::Feed;
     use crate::lanes::send::CHUNK_PAGES;
-    use crate::lanes::send::RoundOrder;
 
     const PAGES: u64 = 1000;
 
@@ -150,18 +159,18 @@ mod tests {
     fn log(holes: PageRange) -> (Log, PageSet) {
         let mut pages = PageSet::full(&layout());
         pages.remove(RegionIndex(0), holes).unwrap();
-        let queue = Arc::new(Queue::new(RoundOrder {
+        let order = Arc::new(RoundOrder {
             round: Round(3),
-            pages: Arc::new(pages.clone()),
+            feed: Arc::new(Feed::of(Arc::new(pages.clone()))),
             zeros: ZeroPages::Tell,
             rewritten: Rewritten::Send,
             deltas: Deltas::Off,
             pace: Pace::Limited,
-        }));
+        });
         let mut log = Log::default();
-        log.begin(&queue, 5);
+        log.begin(&order, 5);
         let mut runs = Vec::new();
-        while let Some(at) = queue.take(&mut runs) {
+        while let Some(at) = order.feed.take(&mut runs, &AtomicBool::new(false)) {
             log.take(at);
             log.tell(runs.iter().map(|run| run.range.count).sum());
         }
@@ -190,7 +199,7 @@ mod tests {
     fn a_chunk_with_nothing_to_tell_is_no_frame() {
         let (mut log, _) = log(PageRange::new(0, 1));
         let frames = log.chunks.len();
-        log.take(Cursor::default());
+        log.take(Place::default());
         log.tell(0);
         assert_eq!(log.chunks.len(), frames);
     }

@@ -4,6 +4,7 @@
 pub(crate) mod bases;
 mod deltas;
 pub(crate) mod encode;
+pub(crate) mod feed;
 mod fresh;
 mod log;
 pub(crate) mod receive;

@@ -1,11 +1,12 @@
 //! The sending side of the page lanes.
 //!
-//! A round is one queue of dirty runs. Lanes take chunks from it until it is empty, so that a slow
-//! lane holds nobody up, and then each writes its end of the round. When a lane dies, the others take
-//! what is left of the queue, and what it took and did not bring is found in its log.
+//! A round is one queue of dirty runs, its [`Feed`]. Lanes take chunks from it until it is empty and
+//! closed, so that a slow lane holds nobody up, and then each writes its end of the round. When a lane
+//! dies, the others take what is left of the queue, and what it took and did not bring is found in its
+//! log.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::Duration;
 use std::{io, thread};
 
@@ -16,11 +17,12 @@ use ferry_stream::message::{LaneId, Round};
 use super::bases::Bases;
 use super::deltas::Told;
 use super::encode::Encoder;
+use super::feed::Feed;
 use super::log::{Log, ReclaimError};
 use super::sender::Sender;
 use crate::core::layout::{PageRange, RegionIndex};
 use crate::core::message::{Deltas, LaneTotals, Pace, Reclaimed, Rewritten, ZeroPages};
-use crate::core::pageset::{Cursor, PageSet};
+use crate::core::pageset::PageSet;
 use crate::pacer::Pacer;
 use crate::vmm::{Fresh, Ram};
 use crate::worker::Facts;
@@ -116,60 +118,14 @@ pub(super) struct Run {
     pub(super) range: PageRange,
 }
 
-/// A round, as it is ordered.
+/// A round, as it is ordered, and shared by the lanes.
 pub(crate) struct RoundOrder {
     pub(crate) round: Round,
-    pub(crate) pages: Arc<PageSet>,
+    pub(crate) feed: Arc<Feed>,
     pub(crate) zeros: ZeroPages,
     pub(crate) rewritten: Rewritten,
     pub(crate) deltas: Deltas,
     pub(crate) pace: Pace,
-}
-
-/// A round, shared by the lanes.
-pub(super) struct Queue {
-    pub(super) round: Round,
-    pages: Arc<PageSet>,
-    pub(super) zeros: ZeroPages,
-    pub(super) rewritten: Rewritten,
-    pub(super) deltas: Deltas,
-    pub(super) pace: Pace,
-    cursor: Mutex<Cursor>,
-}
-
-impl Queue {
-    pub(super) fn new(order: RoundOrder) -> Self {
-        Self {
-            round: order.round,
-            pages: order.pages,
-            zeros: order.zeros,
-            rewritten: order.rewritten,
-            deltas: order.deltas,
-            pace: order.pace,
-            cursor: Mutex::default(),
-        }
-    }
-
-    /// Replaces `runs` by the next chunk, and tells where it begins; none at the end of the round.
-    pub(super) fn take(&self, runs: &mut Vec<Run>) -> Option<Cursor> {
-        let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = *cursor;
-        self.take_at(&mut cursor, runs);
-        (!runs.is_empty()).then_some(at)
-    }
-
-    /// Replaces `runs` by the chunk that begins at `cursor`: the same one every time.
-    pub(super) fn take_at(&self, cursor: &mut Cursor, runs: &mut Vec<Run>) {
-        runs.clear();
-        let mut room = u64::from(CHUNK_PAGES);
-        while room > 0 && runs.len() < CHUNK_RUNS {
-            let Some((region, range)) = self.pages.next_run(cursor, room) else {
-                break;
-            };
-            room -= range.count;
-            runs.push(Run { region, range });
-        }
-    }
 }
 
 /// The sending lanes of a migration.
@@ -177,7 +133,7 @@ impl Queue {
 pub(crate) struct Senders {
     lanes: Vec<SendingLane>,
     /// The open round.
-    queue: Option<Arc<Queue>>,
+    open: Option<Arc<RoundOrder>>,
     /// Lanes that were cut before they stood.
     unwanted: Vec<LaneId>,
     closed: bool,
@@ -186,7 +142,7 @@ pub(crate) struct Senders {
 /// A lane, as its owner holds it.
 pub(crate) struct SendingLane {
     id: LaneId,
-    rounds: Option<mpsc::Sender<Arc<Queue>>>,
+    rounds: Option<mpsc::Sender<Arc<RoundOrder>>>,
     joined: bool,
     closer: Box<dyn Closer>,
     cut: Arc<AtomicBool>,
@@ -226,19 +182,19 @@ impl Senders {
     pub(crate) fn join_in(&mut self, id: LaneId) {
         if let Some(lane) = self.lanes.iter_mut().find(|lane| lane.id == id) {
             lane.joined = true;
-            if let Some(queue) = &self.queue {
-                lane.send(queue);
+            if let Some(round) = &self.open {
+                lane.send(round);
             }
         }
     }
 
     /// Sends a round over all lanes that have joined.
     pub(crate) fn copy(&mut self, order: RoundOrder) {
-        let queue = Arc::new(Queue::new(order));
+        let round = Arc::new(order);
         for lane in self.lanes.iter().filter(|lane| lane.joined) {
-            lane.send(&queue);
+            lane.send(&round);
         }
-        self.queue = Some(queue);
+        self.open = Some(round);
     }
 
     /// Ends a lane, whatever it is doing, or sees to it that it never begins.
@@ -248,6 +204,14 @@ impl Senders {
             None => self.unwanted.push(id),
         }
         pacer.wake();
+        self.wake();
+    }
+
+    /// Lets a lane notice that waits for pages and was cut.
+    fn wake(&self) {
+        if let Some(round) = &self.open {
+            round.feed.wake();
+        }
     }
 
     /// Gives away a lane that was cut, to be waited for.
@@ -260,6 +224,7 @@ impl Senders {
     pub(crate) fn close(&mut self) {
         self.closed = true;
         self.lanes.iter_mut().for_each(SendingLane::close);
+        self.wake();
     }
 
     /// Waits for the threads, which end once closed.
@@ -272,10 +237,10 @@ impl Senders {
 }
 
 impl SendingLane {
-    fn send(&self, queue: &Arc<Queue>) {
+    fn send(&self, round: &Arc<RoundOrder>) {
         if let Some(rounds) = &self.rounds {
             // A lane that ended has told so.
-            drop(rounds.send(Arc::clone(queue)));
+            drop(rounds.send(Arc::clone(round)));
         }
     }
 

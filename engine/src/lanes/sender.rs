@@ -14,7 +14,7 @@ use super::deltas::{Differ, Told};
 use super::encode::OnLane;
 use super::fresh::Looks;
 use super::log::Log;
-use super::send::{CHUNK_PAGES, CHUNK_RUNS, Dealt, Outfit, Queue, Run};
+use super::send::{CHUNK_PAGES, CHUNK_RUNS, Dealt, Outfit, RoundOrder, Run};
 use super::{PanicWatch, is_death};
 use crate::core::layout::{PAGE_SIZE, PageRange};
 use crate::core::message::{Failure, Input, Pace, Rewritten, Step, ZeroPages};
@@ -74,12 +74,12 @@ impl Sender {
     }
 
     /// Sends round after round. Whatever ends it, its log says what it had taken.
-    pub(super) fn run(mut self, rounds: &mpsc::Receiver<Arc<Queue>>) -> Log {
+    pub(super) fn run(mut self, rounds: &mpsc::Receiver<Arc<RoundOrder>>) -> Log {
         let facts = self.outfit.facts.clone();
         let _watch = PanicWatch(facts.clone());
         let mut runs = Vec::with_capacity(CHUNK_RUNS);
-        for queue in rounds {
-            if let Err(broken) = self.round(&queue, &mut runs) {
+        for round in rounds {
+            if let Err(broken) = self.round(&round, &mut runs) {
                 match broken {
                     _ if self.is_cut() => {}
                     Broken::Wire(error) if is_death(&error) => facts.tell(Input::LaneLost {
@@ -103,20 +103,21 @@ impl Sender {
         self.cut.load(Ordering::Acquire)
     }
 
-    fn round(&mut self, queue: &Arc<Queue>, runs: &mut Vec<Run>) -> Result<(), Broken> {
-        self.log.begin(queue, self.writer.frames());
-        while let Some(at) = queue.take(runs) {
+    fn round(&mut self, order: &Arc<RoundOrder>, runs: &mut Vec<Run>) -> Result<(), Broken> {
+        self.log.begin(order, self.writer.frames());
+        order.feed.join();
+        while let Some(at) = order.feed.take(runs, &self.cut) {
             // Before anything can fail: from here on the chunk is nobody else's.
             self.log.take(at);
-            if queue.rewritten == Rewritten::LeaveOut {
+            if order.rewritten == Rewritten::LeaveOut {
                 let left_out = self.looks.leave_out(runs)?;
                 let counter = &self.outfit.counters.fresh_pages;
                 counter.fetch_add(left_out, Ordering::AcqRel);
             }
-            let dealt = self.fill(queue, runs)?;
-            self.encode(queue.round, dealt.told);
+            let dealt = self.fill(order, runs)?;
+            self.encode(order.round, dealt.told);
             self.log.tell(dealt.pages);
-            if queue.pace == Pace::Limited {
+            if order.pace == Pace::Limited {
                 self.pay(dealt);
             }
             self.go_on()?;
@@ -124,12 +125,12 @@ impl Sender {
             self.outfit.counters.count(dealt, bytes);
         }
         self.go_on()?;
-        let bytes = self.writer.end_round(&mut *self.lane, queue.round)?;
+        let bytes = self.writer.end_round(&mut *self.lane, order.round)?;
         let counters = &self.outfit.counters;
         counters.bytes.fetch_add(bytes, Ordering::AcqRel);
         self.outfit.facts.tell(Input::LaneSent {
             lane: self.id,
-            round: queue.round,
+            round: order.round,
             pages: self.log.told(),
             totals: counters.totals(),
         });
@@ -172,12 +173,12 @@ impl Sender {
     }
 
     /// Tells the runs by a frame.
-    fn fill(&mut self, queue: &Queue, runs: &[Run]) -> Result<Dealt, Broken> {
-        self.frame.begin(queue.round);
+    fn fill(&mut self, order: &RoundOrder, runs: &[Run]) -> Result<Dealt, Broken> {
+        self.frame.begin(order.round);
         if self.outfit.shares.load(Ordering::Acquire) {
             self.fill_shared(runs)
         } else {
-            self.fill_copied(queue, runs)
+            self.fill_copied(order, runs)
         }
     }
 
@@ -196,15 +197,15 @@ impl Sender {
 
     /// Copies the runs from guest RAM into the frame, without their zero pages, and with what changed of
     /// those of which something is kept.
-    fn fill_copied(&mut self, queue: &Queue, runs: &[Run]) -> Result<Dealt, Broken> {
+    fn fill_copied(&mut self, order: &RoundOrder, runs: &[Run]) -> Result<Dealt, Broken> {
         let mut dealt = Dealt::default();
-        let zeros = match queue.zeros {
+        let zeros = match order.zeros {
             ZeroPages::Tell => Zeros::Tell,
             ZeroPages::Skip => Zeros::Skip,
         };
         let (encoder, pacer) = (&self.outfit.encoder, &self.outfit.pacer);
         self.differ
-            .begin(queue.round, queue.deltas, || encoder.thrift(pacer.limit()));
+            .begin(order.round, order.deltas, || encoder.thrift(pacer.limit()));
         for &run in runs {
             let mut rest = run.range;
             while !rest.is_empty() {

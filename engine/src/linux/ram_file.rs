@@ -154,6 +154,16 @@ impl RamFile {
         bytes: Range<u64>,
         mut found: impl FnMut(Range<u64>) -> io::Result<()>,
     ) -> io::Result<()> {
+        let end = bytes.end;
+        self.data_extents_in_full(bytes, |extent| found(extent.start..extent.end.min(end)))
+    }
+
+    /// The same with the last extent told to its own end, which had to be looked for in any case.
+    pub fn data_extents_in_full(
+        &self,
+        bytes: Range<u64>,
+        mut found: impl FnMut(Range<u64>) -> io::Result<()>,
+    ) -> io::Result<()> {
         // A walk would look at every page of the file to find what its size tells.
         if !bytes.is_empty() && self.is_fully_allocated()? {
             return found(bytes);
@@ -168,7 +178,7 @@ impl RamFile {
             }
             // A hole may have been punched at `start` meanwhile, which makes `end` equal to it.
             let end = self.seek(start, Whence::SeekHole)?.unwrap_or(bytes.end);
-            at = end.clamp(start + 1, bytes.end);
+            at = end.max(start + 1);
             found(start..at)?;
         }
         Ok(())

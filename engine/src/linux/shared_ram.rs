@@ -153,17 +153,14 @@ impl Ram for SharedRam {
     fn populated(
         &self,
         region: RegionIndex,
+        range: PageRange,
         found: &mut dyn FnMut(PageRange),
     ) -> Result<(), VmmError> {
-        let all = self
-            .layout
-            .region(region)
-            .map_or(PageRange::new(0, 0), Region::all);
-        let (backing, bytes) = self.place(region, all, None)?;
-        let start = bytes.start;
-        let outcome = backing.file.data_extents(bytes, |extent| {
+        let (backing, bytes) = self.place(region, range, None)?;
+        let Range { start, end } = backing.bytes;
+        let outcome = backing.file.data_extents_in_full(bytes, |extent| {
             found(PageRange::covering(
-                extent.start - start..extent.end - start,
+                extent.start - start..extent.end.min(end) - start,
             ));
             Ok(())
         });

@@ -13,16 +13,16 @@
 
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::panic::resume_unwind;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 
+use super::maps::Mapping;
 use super::pagemap::Pagemap;
 use super::uffd::{Features, Mode, RangeIoctls, Uffd};
 use super::{Access, Error, Process, RamFile, RemoteFd, inject, maps};
 use crate::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
-use crate::vmm::{Fresh, Rearm, Tracker, VmmError};
+use crate::vmm::{Found, Fresh, Rearm, Tracker, VmmError};
 
 /// What the kernel calls a userfaultfd under `/proc/PID/fd`.
 const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
@@ -30,9 +30,9 @@ const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
 /// Bytes that one entry of the second level of page tables maps on x86-64.
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
-/// What one thread looks at before it takes the next piece: a fraction of a millisecond's work, and
-/// whole pages of any backing below this size.
-const PIECE_BYTES: u64 = 1 << 30;
+/// What is looked at, or protected, before it is told that nothing more comes of it: at most about a
+/// millisecond's work.
+const PIECE_BYTES: u64 = 64 << 20;
 
 /// Most threads that look at once.
 const MAX_LOOKERS: usize = 16;
@@ -47,16 +47,9 @@ pub struct TrackedRange {
 }
 
 impl TrackedRange {
-    /// The range cut into [`PIECE_BYTES`].
-    fn pieces(&self) -> impl Iterator<Item = (&Self, Range<u64>)> {
-        let Range { start, end } = self.addresses;
-        let starts = (0..(end - start).div_ceil(PIECE_BYTES)).map(move |n| start + n * PIECE_BYTES);
-        starts.map(move |at| (self, at..(at + PIECE_BYTES).min(end)))
-    }
-
-    fn pages(&self, written: &Range<u64>) -> PageRange {
+    fn pages(&self, of: &Range<u64>) -> PageRange {
         let base = self.addresses.start;
-        PageRange::covering(written.start - base..written.end - base)
+        PageRange::covering(of.start - base..of.end - base)
     }
 }
 
@@ -78,23 +71,21 @@ impl RamTracker {
         }
     }
 
-    fn begin(&self) -> Result<Watch, Error> {
+    fn begin(&self, watched: &mut dyn FnMut(RegionIndex, PageRange)) -> Result<Watch, Error> {
         close_leftovers(&self.process)?;
         // Dropped on every error below, which undoes all that came before.
-        let watch = Watch::new(Arc::clone(&self.process))?;
+        let watch = Watch::new(Arc::clone(&self.process), &self.ranges)?;
         watch.uffd.api(Features::TRACK_WRITES)?;
-        for range in &self.ranges {
-            let allowed = watch.uffd.register(&range.addresses, Mode::WP)?;
+        for TrackedRange { addresses, .. } in &self.ranges {
+            let allowed = watch.uffd.register(addresses, Mode::WP)?;
             if !allowed.contains(RangeIoctls::WRITE_PROTECT) {
                 return Err(Error::Unwatched {
-                    start: range.addresses.start,
-                    end: range.addresses.end,
+                    start: addresses.start,
+                    end: addresses.end,
                 });
             }
         }
-        watch.split_huge_pages(&self.ranges)?;
-        // What is not protected counts as written: this finds it all and protects it.
-        watch.scan(&self.ranges, Rearm::Yes, &mut |_, _| {})?;
+        watch.protect_all(watched)?;
         Ok(watch)
     }
 }
@@ -108,19 +99,15 @@ impl RamTracker {
 }
 
 impl Tracker for RamTracker {
-    fn start(&mut self) -> Result<(), VmmError> {
+    fn start(&mut self, watched: &mut dyn FnMut(RegionIndex, PageRange)) -> Result<(), VmmError> {
         if self.watch.is_none() {
-            self.watch = Some(self.begin()?);
+            self.watch = Some(self.begin(watched)?);
         }
         Ok(())
     }
 
-    fn collect(
-        &mut self,
-        rearm: Rearm,
-        found: &mut dyn FnMut(RegionIndex, PageRange),
-    ) -> Result<(), VmmError> {
-        self.watch()?.scan(&self.ranges, rearm, found)?;
+    fn collect(&mut self, rearm: Rearm, found: &mut dyn FnMut(Found)) -> Result<(), VmmError> {
+        self.watch()?.scan(rearm, found)?;
         Ok(())
     }
 
@@ -152,6 +139,44 @@ struct Watch {
     process: Arc<Process>,
     uffd: Uffd,
     pagemap: Arc<Pagemap>,
+    ranges: Vec<Watched>,
+}
+
+/// A range that is watched.
+#[derive(Debug)]
+struct Watched {
+    range: TrackedRange,
+    /// A page of its backing, which cannot be protected in part.
+    unit_bytes: u64,
+}
+
+/// A part of a range, whole pages of its backing.
+#[derive(Clone, Debug)]
+struct Piece<'a> {
+    of: &'a TrackedRange,
+    addresses: Range<u64>,
+}
+
+impl Watched {
+    fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
+        let Range { start, end } = self.range.addresses;
+        let bytes = PIECE_BYTES.next_multiple_of(self.unit_bytes);
+        let starts = (0..(end - start).div_ceil(bytes)).map(move |n| start + n * bytes);
+        starts.map(move |at| Piece {
+            of: &self.range,
+            addresses: at..(at + bytes).min(end),
+        })
+    }
+}
+
+impl Piece<'_> {
+    fn written(&self, addresses: &Range<u64>) -> Found {
+        Found::Written(self.of.region, self.of.pages(addresses))
+    }
+
+    fn through(&self) -> Found {
+        Found::Through(self.of.region, self.of.pages(&self.addresses))
+    }
 }
 
 /// The page map alone: the userfaultfd, whose life is that of the tracking, is not in it.
@@ -185,32 +210,52 @@ impl Fresh for Look {
 }
 
 impl Watch {
-    fn new(process: Arc<Process>) -> Result<Self, Error> {
+    fn new(process: Arc<Process>, ranges: &[TrackedRange]) -> Result<Self, Error> {
         let pagemap = Arc::new(Pagemap::open(&process)?);
         let mut remote = RemoteUffd::new(Arc::clone(&process))?;
         let uffd = Uffd::from_fd(process.take_fd(remote.fd)?);
         // Its calls act on the memory that it was made in, whoever makes them: ours is enough.
         remote.close()?;
+        let mappings = maps::runs(maps::of_process(&process)?);
+        let watched = ranges.iter().map(|range| {
+            Ok(Watched {
+                unit_bytes: unit_bytes(&process, &mappings, range)?,
+                range: range.clone(),
+            })
+        });
         Ok(Self {
+            ranges: watched.collect::<Result<_, Error>>()?,
             process,
             uffd,
             pagemap,
         })
     }
 
-    fn scan(
-        &self,
-        ranges: &[TrackedRange],
-        rearm: Rearm,
-        found: &mut dyn FnMut(RegionIndex, PageRange),
-    ) -> Result<(), Error> {
+    /// Has every later write reported, and tells so piece by piece.
+    fn protect_all(&self, watched: &mut dyn FnMut(RegionIndex, PageRange)) -> Result<(), Error> {
+        let mut pieces = self.ranges.iter().flat_map(|range| {
+            let small = range.unit_bytes == PAGE_SIZE as u64;
+            range.pieces().map(move |piece| (small, piece))
+        });
+        let protected = pieces.try_for_each(|(small, Piece { of, addresses })| {
+            if small {
+                self.split_huge_pages(&addresses)?;
+            }
+            // What is not protected counts as written: this finds it all and protects it.
+            self.pagemap.scan(&addresses, Rearm::Yes, &mut |_| {})?;
+            watched(of.region, of.pages(&addresses));
+            Ok(())
+        });
+        self.process.check_alive()?;
+        protected
+    }
+
+    fn scan(&self, rearm: Rearm, found: &mut dyn FnMut(Found)) -> Result<(), Error> {
         let scanned = match rearm {
-            Rearm::Yes => ranges.iter().try_for_each(|range| {
-                self.pagemap.scan(&range.addresses, rearm, &mut |written| {
-                    found(range.region, range.pages(&written));
-                })
-            }),
-            Rearm::No => self.look(ranges, found),
+            Rearm::Yes => self
+                .pieces()
+                .try_for_each(|piece| self.collect(&piece, found)),
+            Rearm::No => self.look(found),
         };
         // The memory of a process that has ended is empty. Some kernels call that an error, others
         // find nothing written in it.
@@ -218,27 +263,38 @@ impl Watch {
         scanned
     }
 
-    /// Scans without protecting, in the blackout: on every core, since it scales. Protecting does not.
-    fn look(
-        &self,
-        ranges: &[TrackedRange],
-        found: &mut dyn FnMut(RegionIndex, PageRange),
-    ) -> Result<(), Error> {
-        let pieces: Vec<_> = ranges.iter().flat_map(TrackedRange::pieces).collect();
-        let look_at = |(range, addresses): &(&TrackedRange, Range<u64>)| {
-            let mut pages = Vec::new();
-            let scanned = self.pagemap.scan(addresses, Rearm::No, &mut |written| {
-                pages.push(range.pages(&written));
-            });
-            scanned.map(|()| pages)
-        };
-        let looks = in_parallel(&pieces, look_at);
-        for ((range, _), pages) in pieces.iter().zip(looks) {
-            for run in pages? {
-                found(range.region, run);
-            }
-        }
+    fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
+        self.ranges.iter().flat_map(Watched::pieces)
+    }
+
+    /// One pass, which finds and protects at once, on one core. Measured on 2 busy cores, 2 GiB, best
+    /// of 9: 10,000 written pages here and there take 2.8 ms so, and every fourth page 20 ms; on two
+    /// cores 9.4 ms and 21 ms. To look on two cores first and then protect only what was found takes
+    /// 123 ms and, with what lies between runs of less than 2 MiB protected along with them, 12 ms.
+    fn collect(&self, piece: &Piece<'_>, found: &mut dyn FnMut(Found)) -> Result<(), Error> {
+        self.pagemap
+            .scan(&piece.addresses, Rearm::Yes, &mut |written| {
+                found(piece.written(&written));
+            })?;
+        found(piece.through());
         Ok(())
+    }
+
+    /// Scans without protecting, in the blackout: on every core, since it scales. Protecting does not.
+    fn look(&self, found: &mut dyn FnMut(Found)) -> Result<(), Error> {
+        let pieces: Vec<_> = self.pieces().collect();
+        let look_at = |piece: &Piece<'_>| {
+            let mut written = Vec::new();
+            let scanned = self.pagemap.scan(&piece.addresses, Rearm::No, &mut |run| {
+                written.push(run);
+            });
+            scanned.map(|()| written)
+        };
+        in_parallel(&pieces, look_at, |piece, written| {
+            written?.iter().for_each(|run| found(piece.written(run)));
+            found(piece.through());
+            Ok(())
+        })
     }
 
     /// Has transparent huge pages mapped as small ones, so that a write shows one small page.
@@ -247,59 +303,63 @@ impl Watch {
     /// `huge=always` would send 2 MiB for every byte. The kernel splits the mapping, not the page,
     /// when a part of it is to be protected, and makes no new huge mapping while it is tracked. KVM's
     /// own dirty log does the same. Pages of hugetlbfs cannot be split.
-    fn split_huge_pages(&self, ranges: &[TrackedRange]) -> Result<(), Error> {
-        let process = &self.process;
-        let mappings = maps::runs(maps::of_process(process)?);
-        for TrackedRange { addresses, .. } in ranges {
-            let mapping = mappings
-                .iter()
-                .find(|mapping| mapping.start <= addresses.start && addresses.end <= mapping.end);
-            let Some(mapping) = mapping else { continue };
-            match RamFile::open(process, mapping, Access::Read) {
-                Ok(file) if file.is_hugetlb() => continue,
-                // Without a file it is no hugetlbfs either, whose pages always have one.
-                Ok(_) | Err(Error::NoSuchFile { .. }) => {}
-                Err(error) => return Err(error),
-            }
-            let mut at = addresses.start.next_multiple_of(HUGE_PAGE_BYTES);
-            while at < addresses.end {
-                let small_page = at..at + PAGE_SIZE as u64;
-                self.pagemap.scan(&small_page, Rearm::Yes, &mut |_| {})?;
-                at += HUGE_PAGE_BYTES;
-            }
+    fn split_huge_pages(&self, addresses: &Range<u64>) -> Result<(), Error> {
+        let mut at = addresses.start.next_multiple_of(HUGE_PAGE_BYTES);
+        while at < addresses.end {
+            let small_page = at..at + PAGE_SIZE as u64;
+            self.pagemap.scan(&small_page, Rearm::Yes, &mut |_| {})?;
+            at += HUGE_PAGE_BYTES;
         }
         Ok(())
     }
 }
 
-/// Does `work` for every item on as many cores as there are, and returns the outcomes in order.
-fn in_parallel<I: Sync, T: Send>(items: &[I], work: impl Fn(&I) -> T + Sync) -> Vec<T> {
+/// Bytes in a page of the memory behind a range.
+fn unit_bytes(
+    process: &Process,
+    mappings: &[Mapping],
+    TrackedRange { addresses, .. }: &TrackedRange,
+) -> Result<u64, Error> {
+    let mapping = mappings
+        .iter()
+        .find(|mapping| mapping.start <= addresses.start && addresses.end <= mapping.end);
+    let file = mapping.map(|mapping| RamFile::open(process, mapping, Access::Read));
+    match file {
+        Some(Ok(file)) => Ok(file.backing_page_bytes().into()),
+        // Without a file it is no hugetlbfs either, whose pages always have one.
+        None | Some(Err(Error::NoSuchFile { .. })) => Ok(PAGE_SIZE as u64),
+        Some(Err(error)) => Err(error),
+    }
+}
+
+/// Does `work` for every item on as many cores as there are, and gives the outcomes to `done` as they
+/// come, until it fails.
+fn in_parallel<I: Sync, T: Send, E>(
+    items: &[I],
+    work: impl Fn(&I) -> T + Sync,
+    mut done: impl FnMut(&I, T) -> Result<(), E>,
+) -> Result<(), E> {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let threads = cores.min(MAX_LOOKERS).min(items.len());
     if threads < 2 {
-        return items.iter().map(work).collect();
+        return items.iter().try_for_each(|item| done(item, work(item)));
     }
     let next = AtomicUsize::new(0);
-    let take_turns = || {
-        let mut done = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(item) = items.get(index) else {
-                return done;
-            };
-            done.push((index, work(item)));
+    thread::scope(|scope| {
+        let (outcomes, gathered) = mpsc::channel();
+        for _ in 0..threads {
+            let (outcomes, next, work) = (outcomes.clone(), &next, &work);
+            scope.spawn(move || {
+                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed))
+                    && outcomes.send((item, work(item))).is_ok()
+                {}
+            });
         }
-    };
-    let mut outcomes: Vec<_> = thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(take_turns)).collect();
-        let ours = take_turns();
-        let theirs = others
+        drop(outcomes);
+        gathered
             .into_iter()
-            .flat_map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
-        theirs.chain(ours).collect()
-    });
-    outcomes.sort_unstable_by_key(|(index, _)| *index);
-    outcomes.into_iter().map(|(_, outcome)| outcome).collect()
+            .try_for_each(|(item, outcome)| done(item, outcome))
+    })
 }
 
 /// Closes what an engine that died has left in the process: it would keep us from tracking.

@@ -1,13 +1,9 @@
 //! What the VM's threads are ordered: each order is one call of the embedder's, and one fact.
 
-use std::sync::Arc;
-
-use crate::core::layout::Layout;
 use crate::core::message::{Failure, Input, Step};
-use crate::core::pageset::PageSet;
 use crate::device_state::Sink;
 use crate::job::Retire;
-use crate::vmm::{PauseFor, Ram, Rearm, RunState, VmmError};
+use crate::vmm::{PauseFor, RunState, VmmError};
 use crate::worker::guarded;
 
 use super::{Driver, VmSide};
@@ -41,29 +37,6 @@ impl Driver {
         });
     }
 
-    pub(super) fn start_tracking(&self, into: PageSet) {
-        let fresh = Arc::clone(&self.outfit.fresh);
-        self.tracker.order(Step::StartTracking, move |side| {
-            side.tracker.start()?;
-            // Tracking begins once: nobody has set it before.
-            drop(fresh.set(side.tracker.fresh()?));
-            populated(&*side.ram, into)
-        });
-    }
-
-    pub(super) fn collect(&self, rearm: Rearm, mut into: PageSet) {
-        self.tracker.order(Step::Collect, move |side| {
-            let mut outside = None;
-            side.tracker.collect(rearm, &mut |region, range| {
-                outside = into.insert(region, range).err().or(outside);
-            })?;
-            match outside {
-                Some(outside) => Err(VmmError::failed("a tracker reported", outside)),
-                None => Ok(Input::Collected { found: into }),
-            }
-        });
-    }
-
     pub(super) fn open_state(&mut self) {
         let (sink, watch) = Sink::new(self.control.outgoing());
         self.sink = watch;
@@ -94,21 +67,6 @@ impl Driver {
             Ok::<_, VmmError>(Input::Retired)
         });
     }
-}
-
-/// Every page that may hold anything but zeros.
-fn populated(ram: &dyn Ram, mut into: PageSet) -> Result<Input, VmmError> {
-    let layout: &Layout = ram.layout();
-    for (region, _) in layout.iter() {
-        let mut outside = None;
-        ram.populated(region, &mut |range| {
-            outside = into.insert(region, range).err().or(outside);
-        })?;
-        if let Some(outside) = outside {
-            return Err(VmmError::failed("guest RAM reported", outside));
-        }
-    }
-    Ok(Input::Tracking { populated: into })
 }
 
 /// Puts the VM back. Every step is tried, whatever became of the one before; the first failure is

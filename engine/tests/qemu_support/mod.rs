@@ -292,7 +292,7 @@ pub(crate) fn copy_ram(from: &Vm, to: &Vm) {
     to.ram.blank().unwrap();
     for (index, region) in from.ram.layout().iter() {
         from.ram
-            .populated(index, &mut |range| {
+            .populated(index, region.all(), &mut |range| {
                 let mut bytes = vec![0; usize::try_from(range.byte_len()).unwrap()];
                 from.ram.read(index, range, &mut bytes).unwrap();
                 to.ram.write(index, range, &bytes).unwrap();

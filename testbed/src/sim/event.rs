@@ -17,6 +17,8 @@ pub(super) enum Event {
     Fact(Side, Input),
     /// A thread has done its job.
     Done(Side, Thread),
+    /// The source's tracker gets through with the next part of guest RAM.
+    ScansOn,
     /// The source's worker of a lane has read and sent what it was at.
     LaneSent(usize),
     /// Something arrives on a lane.

@@ -43,11 +43,17 @@ pub enum Flaw {
     BasesKept,
     /// The target leaves a page as it is whose delta does not fit, and says nothing.
     MismatchUntold,
+    /// A lane that finds nothing ends the round, though the scan goes on.
+    EndBeforeScan,
+    /// Pages are read before writes to them are reported.
+    ReadBeforeWatched,
+    /// Pages are read before the scan gets to them, with those that are dirty anyway.
+    ReadBeforeScanned,
 }
 
 impl Flaw {
     /// Every flaw.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 23] = [
         Self::ForgottenPage,
         Self::UnseenWrite,
         Self::EarlyLastCollection,
@@ -68,5 +74,8 @@ impl Flaw {
         Self::FramesClaimed,
         Self::BasesKept,
         Self::MismatchUntold,
+        Self::EndBeforeScan,
+        Self::ReadBeforeWatched,
+        Self::ReadBeforeScanned,
     ];
 }

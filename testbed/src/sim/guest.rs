@@ -219,6 +219,8 @@ impl Vm {
 #[derive(Debug)]
 pub(super) struct Tracker {
     watching: bool,
+    /// Writes to these are noted.
+    watched: PageSet,
     written: PageSet,
     /// What a collection that is under way has seen already.
     seen: Option<PageSet>,
@@ -229,6 +231,7 @@ impl Tracker {
     pub(super) fn new(layout: &Layout) -> Self {
         Self {
             watching: false,
+            watched: PageSet::empty(layout),
             written: PageSet::empty(layout),
             seen: None,
         }
@@ -242,7 +245,13 @@ impl Tracker {
     /// Tracking begins.
     pub(super) fn start(&mut self) {
         self.watching = true;
-        self.written.clear();
+    }
+
+    /// Writes to these pages are reported from now on.
+    pub(super) fn watch(&mut self, region: RegionIndex, range: PageRange) {
+        self.watched
+            .insert(region, range)
+            .expect("the range is in the world's RAM");
     }
 
     /// Tracking ends.
@@ -252,7 +261,7 @@ impl Tracker {
 
     /// A page was written.
     pub(super) fn wrote(&mut self, region: RegionIndex, page: u64) {
-        if self.watching {
+        if self.watching && self.watched.contains(region, PageNumber(page)) {
             add(&mut self.written, region, page);
         }
     }
@@ -271,7 +280,7 @@ impl Tracker {
 
     /// A collection begins: some regions are scanned at once, the others when it ends. A write in
     /// between is found by this one or by the next, as the contract has it.
-    pub(super) fn begin_collection(&mut self, rng: &mut Rng, rearm: Rearm, mut into: PageSet) {
+    pub(super) fn begin_collection(&mut self, rng: &mut Rng, mut into: PageSet) {
         let early: Vec<_> = self
             .written
             .ranges()
@@ -280,21 +289,34 @@ impl Tracker {
         for (region, range) in early {
             into.insert(region, range)
                 .expect("both sets are over one layout");
-            if rearm == Rearm::Yes {
-                self.written.remove(region, range).expect("it was in it");
-            }
+            self.written.remove(region, range).expect("it was in it");
         }
         self.seen = Some(into);
     }
 
     /// The collection ends.
-    pub(super) fn end_collection(&mut self, rearm: Rearm) -> Option<PageSet> {
+    pub(super) fn end_collection(&mut self) -> Option<PageSet> {
         let mut found = self.seen.take()?;
         found.union(&self.written);
-        if rearm == Rearm::Yes {
-            self.written.clear();
-        }
+        self.written.clear();
         Some(found)
+    }
+
+    /// A scan gets through with a part of guest RAM: adds to `into` what was written in it.
+    pub(super) fn scan(
+        &mut self,
+        rearm: Rearm,
+        (region, range): (RegionIndex, PageRange),
+        into: &mut PageSet,
+    ) {
+        for page in range.first.0..range.end().0 {
+            if self.written.contains(region, PageNumber(page)) {
+                add(into, region, page);
+                if rearm == Rearm::Yes {
+                    self.forget(region, page);
+                }
+            }
+        }
     }
 }
 

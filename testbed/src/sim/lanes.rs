@@ -1,25 +1,20 @@
 //! Page workers at both ends. Contents are copied here, while the guest writes, and never by the
 //! machines.
 
-use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
-use ferry_engine::core::message::{Deltas, Input, Rewritten, ZeroPages};
-use ferry_engine::core::pageset::PageSet;
+use ferry_engine::core::message::{Deltas, Input, Pages, Rewritten, ZeroPages};
 use ferry_stream::message::Round;
 
 use super::checks::Violation;
 use super::event::Event;
 use super::flaw::Flaw;
 use super::guest::Content;
-use super::link::{Chunk, Frame, LaneJob, Logged, Queue, Reading};
+use super::link::{Chunk, Feed, Frame, LaneJob, Logged, Queue, Reading};
 use super::plan::Side;
 use super::worker::Thread;
 use super::world::World;
-
-/// Most pages that a worker reads at once.
-const CHUNK_PAGES: u64 = 5;
 
 /// The target's worker is held up in the middle of one frame in so many.
 const BLOCKED: u64 = 100;
@@ -35,7 +30,7 @@ impl World {
     pub(super) fn copy(
         &mut self,
         round: Round,
-        pages: &PageSet,
+        pages: &Pages,
         zeros: ZeroPages,
         rewritten: Rewritten,
         deltas: Deltas,
@@ -45,23 +40,29 @@ impl World {
             Some(Flaw::ZerosSkipped) => ZeroPages::Skip,
             _ => zeros,
         };
-        let mut chunks = VecDeque::new();
-        for (region, mut rest) in pages.ranges() {
-            while !rest.is_empty() {
-                let mut range = rest;
-                range.count = rest.count.min(CHUNK_PAGES);
-                rest.first.0 += range.count;
-                rest.count -= range.count;
-                chunks.push_back(Chunk { region, range });
+        let mut feed = Feed::open();
+        match pages {
+            Pages::Known(pages) => {
+                for (region, range) in pages.ranges() {
+                    feed.add(region, range);
+                }
+                feed.open = false;
             }
+            // What the scan has handed on by now, and where it goes on.
+            Pages::Scanned => feed = self.scanned.take().expect("a scan was ordered before"),
         }
         self.queue = Some(Queue {
             round,
             zeros,
             rewritten,
             deltas,
-            chunks,
+            feed,
         });
+        self.work_on();
+    }
+
+    /// There may be something to do for every lane.
+    pub(super) fn work_on(&mut self) {
         for lane in 0..self.lanes.len() {
             self.work(lane);
         }
@@ -83,12 +84,14 @@ impl World {
         if sender.ended {
             return;
         }
-        let job = match queue.chunks.pop_front() {
+        let waits = queue.feed.open && self.flaw != Some(Flaw::EndBeforeScan);
+        let job = match queue.feed.chunks.pop_front() {
             Some(chunk) => {
                 sender.log.push(Logged { chunk, told: 0 });
                 let (zeros, rewritten) = (queue.zeros, queue.rewritten);
                 LaneJob::Copy(chunk, zeros, self.readings(chunk, rewritten))
             }
+            None if waits => return,
             None => LaneJob::End(queue.round),
         };
         self.lanes[lane].sender.job = Some(job);

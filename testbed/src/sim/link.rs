@@ -118,7 +118,42 @@ pub(super) struct Queue {
     /// Whether pages may be told as deltas.
     pub(super) deltas: Deltas,
     /// What nobody has taken yet.
+    pub(super) feed: Feed,
+}
+
+/// Pages of a round: all of them, or as far as a scan has handed them on.
+#[derive(Debug)]
+pub(super) struct Feed {
     pub(super) chunks: VecDeque<Chunk>,
+    /// Whether a scan goes on.
+    pub(super) open: bool,
+    /// Pages that were handed on.
+    pub(super) pages: u64,
+}
+
+/// Most pages that a worker reads at once.
+const CHUNK_PAGES: u64 = 5;
+
+impl Feed {
+    pub(super) fn open() -> Self {
+        Self {
+            chunks: VecDeque::new(),
+            open: true,
+            pages: 0,
+        }
+    }
+
+    /// Adds pages, in chunks.
+    pub(super) fn add(&mut self, region: RegionIndex, mut rest: PageRange) {
+        self.pages += rest.count;
+        while !rest.is_empty() {
+            let mut range = rest;
+            range.count = rest.count.min(CHUNK_PAGES);
+            rest.first.0 += range.count;
+            rest.count -= range.count;
+            self.chunks.push_back(Chunk { region, range });
+        }
+    }
 }
 
 /// What a lane's worker at the source is at.

@@ -21,6 +21,7 @@ mod mischief;
 mod net;
 mod plan;
 mod rng;
+mod scan;
 mod source_end;
 mod target_end;
 mod trace;

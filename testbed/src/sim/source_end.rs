@@ -3,13 +3,13 @@
 use bytes::Bytes;
 use ferry_engine::core::layout::RegionIndex;
 use ferry_engine::core::message::{Action, Failure, Input, Moment, Record, Step};
-use ferry_engine::core::pageset::PageSet;
-use ferry_engine::vmm::{Inventory, Rearm, RunState};
+use ferry_engine::vmm::{Inventory, RunState};
 use ferry_stream::message::Message;
 
 use super::checks::Violation;
 use super::flaw::Flaw;
-use super::guest::{Content, Power, RunBy, add};
+use super::guest::{Content, Power, RunBy};
+use super::link::Feed;
 use super::plan::Side;
 use super::worker::{Job, Thread};
 use super::world::World;
@@ -24,9 +24,16 @@ impl World {
             Action::JoinLane(lane) => self.join_lane(lane),
             Action::CutLane(lane) => self.cut_lane(lane),
             Action::Reclaim { lane, frames, into } => self.reclaim(lane, frames, into),
-            Action::StartTracking { into } => self.order(HERE, Job::StartTracking(into)),
+            Action::StartTracking { .. } => {
+                self.scanned = Some(Feed::open());
+                self.order(HERE, Job::StartTracking);
+            }
             Action::OpenState => self.order(HERE, Job::OpenState),
-            Action::Collect { rearm, into } => self.order(HERE, Job::Collect(rearm, Some(into))),
+            Action::Collect { into } => self.order(HERE, Job::Collect(Some(into))),
+            Action::Scan { rearm, with } => {
+                self.scanned = Some(Feed::open());
+                self.order(HERE, Job::Scan(rearm, with));
+            }
             Action::Copy {
                 round,
                 pages,
@@ -78,12 +85,12 @@ impl World {
         let in_name = self.flaw == Some(Flaw::GivenInName);
         let worker = &mut self.end(HERE).workers[thread as usize];
         match worker.queue.front_mut() {
-            Some(Job::Collect(rearm, into)) => {
-                let (rearm, into) = (*rearm, into.take());
-                if let Some(into) = into {
-                    self.tracker.begin_collection(&mut self.rng, rearm, into);
+            Some(Job::Collect(into)) => {
+                if let Some(into) = into.take() {
+                    self.tracker.begin_collection(&mut self.rng, into);
                 }
             }
+            Some(Job::StartTracking | Job::Scan(..)) => self.begin_scan(),
             Some(Job::Save) => self.device_writes(1),
             Some(Job::Journal(Record::Given)) if in_name => {
                 self.report(HERE, thread, Input::Journaled(Record::Given));
@@ -113,8 +120,9 @@ impl World {
                 self.end(HERE).vm.die();
                 Input::Retired
             }
-            Job::StartTracking(into) => self.start_tracking(into),
-            Job::Collect(rearm, _) => self.collected(rearm),
+            Job::StartTracking => Input::Tracking(self.end_scan(&job)),
+            Job::Scan(..) => Input::Scanned(self.end_scan(&job)),
+            Job::Collect(_) => self.collected(),
             Job::StopTracking => {
                 if self.flaw != Some(Flaw::LeftBehind) {
                     self.tracker.stop();
@@ -139,9 +147,10 @@ impl World {
             }
             Job::Pause if self.rng.percent(50) => self.end(HERE).vm.pause(),
             Job::Save => self.device_writes(1),
-            Job::StartTracking(_) if self.rng.percent(50) => self.tracker.start(),
+            // What it has handed on is on its way.
+            Job::StartTracking | Job::Scan(..) => self.parts.clear(),
             Job::Retire | Job::StopTracking => self.truth.excused = true,
-            Job::Collect(rearm, _) => drop(self.tracker.end_collection(*rearm)),
+            Job::Collect(_) => drop(self.tracker.end_collection()),
             _ => {}
         }
         self.failed(HERE, thread, step);
@@ -213,20 +222,10 @@ impl World {
         }))
     }
 
-    fn start_tracking(&mut self, mut into: PageSet) -> Input {
-        self.tracker.start();
-        for (region, page, content) in self.at(HERE).vm.ram.pages() {
-            if content != Content::ZERO {
-                add(&mut into, region, page);
-            }
-        }
-        Input::Tracking { populated: into }
-    }
-
-    fn collected(&mut self, rearm: Rearm) -> Input {
+    fn collected(&mut self) -> Input {
         let mut found = self
             .tracker
-            .end_collection(rearm)
+            .end_collection()
             .expect("the collection has begun: a thread does one job after the other");
         let first = found.ranges().next();
         if let (Some(Flaw::ForgottenPage), Some((region, mut range))) = (self.flaw, first) {

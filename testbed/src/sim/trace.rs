@@ -1,11 +1,10 @@
 //! What happened, in a line each, for whoever replays a seed.
 
-use ferry_engine::core::message::{Action, Input};
+use ferry_engine::core::message::{Action, Input, Pages};
 
 /// A fact in a few words.
 pub(super) fn fact(input: &Input) -> String {
     match input {
-        Input::Tracking { populated } => format!("Tracking: {} pages", populated.len()),
         Input::Collected { found } => format!("Collected: {} pages", found.len()),
         Input::Reclaimed { lane, from } => {
             format!(
@@ -24,17 +23,25 @@ pub(super) fn order(action: &Action) -> String {
     match action {
         Action::Reclaim { lane, frames, .. } => format!("Reclaim {lane} from {frames}"),
         Action::StartTracking { .. } => "StartTracking".to_owned(),
-        Action::Collect { rearm, .. } => format!("Collect, rearm: {rearm:?}"),
+        Action::Collect { .. } => "Collect".to_owned(),
+        Action::Scan { rearm, with } => {
+            format!("Scan, and {} pages, rearm: {rearm:?}", with.len())
+        }
         Action::Copy {
             round,
             pages,
             zeros,
             deltas,
             ..
-        } => format!(
-            "Copy {} pages in {round}, zeros: {zeros:?}, deltas: {deltas:?}",
-            pages.len()
-        ),
+        } => match pages {
+            Pages::Known(pages) => format!(
+                "Copy {} pages in {round}, zeros: {zeros:?}, deltas: {deltas:?}",
+                pages.len()
+            ),
+            Pages::Scanned => {
+                format!("Copy what is found in {round}, zeros: {zeros:?}, deltas: {deltas:?}")
+            }
+        },
         other => short(format!("{other:?}")),
     }
 }

@@ -45,9 +45,11 @@ pub(super) enum Job {
     /// Source.
     Retire,
     /// Source.
-    StartTracking(PageSet),
+    StartTracking,
     /// Source.
-    Collect(Rearm, Option<PageSet>),
+    Collect(Option<PageSet>),
+    /// Source, with what is dirty anyway.
+    Scan(Rearm, PageSet),
     /// Source.
     StopTracking,
     /// Source.
@@ -70,7 +72,9 @@ impl Job {
     /// Who does it.
     pub(super) fn thread(&self) -> Thread {
         match self {
-            Self::StartTracking(_) | Self::Collect(..) | Self::StopTracking => Thread::Tracker,
+            Self::StartTracking | Self::Collect(_) | Self::Scan(..) | Self::StopTracking => {
+                Thread::Tracker
+            }
             Self::Journal(_) => Thread::Journal,
             Self::Flush => Thread::Flusher,
             _ => Thread::Vm,
@@ -86,8 +90,8 @@ impl Job {
             Self::Save => Step::Save,
             Self::Undo(_) | Self::Restore => Step::Undo,
             Self::Retire | Self::Quit => Step::Retire,
-            Self::StartTracking(_) => Step::StartTracking,
-            Self::Collect(..) => Step::Collect,
+            Self::StartTracking => Step::StartTracking,
+            Self::Collect(_) | Self::Scan(..) => Step::Collect,
             Self::StopTracking => Step::StopTracking,
             Self::Flush => Step::Flush,
             Self::Journal(_) => Step::Journal,

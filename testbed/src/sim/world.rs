@@ -1,9 +1,10 @@
 //! The event loop: simulated time, both machines, and everything that happens to them in order.
 
+use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
-use ferry_engine::core::layout::Layout;
+use ferry_engine::core::layout::{Layout, PageRange, RegionIndex};
 use ferry_engine::core::message::{Action, Input, LaneTotals, Moment};
 use ferry_engine::core::source::Source;
 use ferry_engine::core::target::Target;
@@ -16,7 +17,7 @@ use super::end::End;
 use super::event::{Agenda, Event};
 use super::flaw::Flaw;
 use super::guest::{Content, Memory, RunBy, Tracker, Vm, layout};
-use super::link::{Lane, Queue};
+use super::link::{Feed, Lane, Queue};
 use super::plan::{Mischief, Plan, Side, When};
 use super::rng::Rng;
 
@@ -48,6 +49,10 @@ pub(super) struct World {
     pub(super) lanes: Vec<Lane>,
     pub(super) queue: Option<Queue>,
     pub(super) bases: Bases,
+    /// What the latest scan has handed on, until its round is ordered.
+    pub(super) scanned: Option<Feed>,
+    /// Parts of guest RAM that the scan under way has still to get through.
+    pub(super) parts: VecDeque<(RegionIndex, PageRange)>,
     pub(super) totals: LaneTotals,
     pub(super) state_at_target: Option<u64>,
     pub(super) load_released: Option<(u64, u32)>,
@@ -103,6 +108,8 @@ impl World {
             lanes: Vec::new(),
             queue: None,
             bases: Bases::default(),
+            scanned: None,
+            parts: VecDeque::new(),
             totals: LaneTotals::default(),
             state_at_target: None,
             load_released: None,
@@ -196,6 +203,7 @@ impl World {
         match event {
             Event::Fact(side, input) => return self.tell(side, input),
             Event::Done(side, thread) => return self.job_done(side, thread),
+            Event::ScansOn => self.scans_on(),
             Event::LaneSent(lane) => self.lane_sent(lane),
             Event::LaneArrives(lane, frame) => self.lane_arrives(lane, frame),
             Event::LanePlaces(lane, late) => return self.lane_places(lane, late),

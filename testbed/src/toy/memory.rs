@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ferry_engine::core::layout::{Layout, PAGE_SIZE, PageRange, Region, RegionIndex};
-use ferry_engine::vmm::{Fresh, Ram, RamWindow, Rearm, Tracker, VmmError};
+use ferry_engine::vmm::{Found, Fresh, Ram, RamWindow, Rearm, Tracker, VmmError};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek64};
 
@@ -92,15 +92,17 @@ impl Ram for Memory {
     fn populated(
         &self,
         region: RegionIndex,
+        range: PageRange,
         found: &mut dyn FnMut(PageRange),
     ) -> Result<(), VmmError> {
         self.faults.hit(Call::Populated)?;
-        let all = self.layout.region(region).map(Region::all);
-        let all = all.unwrap_or(PageRange::new(0, 0));
-        let file = self.file(region, all)?;
-        let mut at = 0;
-        while let Some(data) = seek(file, at, Whence::SeekData)? {
-            let end = seek(file, data, Whence::SeekHole)?.unwrap_or(all.byte_len());
+        let file = self.file(region, range)?;
+        let mut at = range.bytes().start;
+        while at < range.bytes().end
+            && let Some(data) = seek(file, at, Whence::SeekData)?
+            && data < range.bytes().end
+        {
+            let end = seek(file, data, Whence::SeekHole)?.unwrap_or(range.bytes().end);
             found(PageRange::covering(data..end));
             at = end;
         }
@@ -246,14 +248,15 @@ impl DirtyLog {
         }
     }
 
-    fn take(&self, found: &mut dyn FnMut(RegionIndex, PageRange)) {
-        for (region, words) in (0..).zip(&self.words) {
+    fn take(&self, layout: &Layout, found: &mut dyn FnMut(Found)) {
+        for ((index, region), words) in layout.iter().zip(&self.words) {
             for (base, word) in (0..).step_by(u64::BITS as usize).zip(words) {
                 let bits = word.swap(0, Ordering::SeqCst);
                 for bit in (0..u64::from(u64::BITS)).filter(|bit| bits >> bit & 1 == 1) {
-                    found(RegionIndex(region), PageRange::new(base + bit, 1));
+                    found(Found::Written(index, PageRange::new(base + bit, 1)));
                 }
             }
+            found(Found::Through(index, region.all()));
         }
     }
 }
@@ -265,20 +268,25 @@ pub(super) struct LogTracker {
 }
 
 impl Tracker for LogTracker {
-    fn start(&mut self) -> Result<(), VmmError> {
+    /// The log covers all RAM as soon as it is on; it is told in pieces all the same, and of the last
+    /// region nothing is told at all.
+    fn start(&mut self, watched: &mut dyn FnMut(RegionIndex, PageRange)) -> Result<(), VmmError> {
         self.faults.hit(Call::TrackerStart)?;
         self.memory.log.clear();
         self.memory.log.on.store(true, Ordering::SeqCst);
+        let regions = self.memory.layout.iter();
+        let told = self.memory.layout.iter().count().saturating_sub(1).max(1);
+        for (index, region) in regions.take(told) {
+            let half = region.pages() / 2;
+            watched(index, PageRange::new(half, region.pages() - half));
+            watched(index, PageRange::new(0, half));
+        }
         Ok(())
     }
 
-    fn collect(
-        &mut self,
-        _rearm: Rearm,
-        found: &mut dyn FnMut(RegionIndex, PageRange),
-    ) -> Result<(), VmmError> {
+    fn collect(&mut self, _rearm: Rearm, found: &mut dyn FnMut(Found)) -> Result<(), VmmError> {
         self.faults.hit(Call::Collect)?;
-        self.memory.log.take(found);
+        self.memory.log.take(&self.memory.layout, found);
         Ok(())
     }
 

@@ -12,7 +12,8 @@ use super::{LanePlan, Source, SourceConfig, SourceLimits};
 use crate::core::converge::{Converge, Verdict, View};
 use crate::core::layout::{Layout, PageRange, Region, RegionIndex};
 use crate::core::message::{
-    Action, Deltas, Failure, GuestLeft, Input, LaneTotals, Moment, Outcome, Phase, Record, Step,
+    Action, Deltas, Failure, GuestLeft, HandedOn, Input, LaneTotals, Moment, Outcome, Pages, Phase,
+    Record, Step,
 };
 use crate::core::pageset::PageSet;
 use crate::vmm::{Inventory, RunState};
@@ -96,6 +97,23 @@ pub(super) fn lane_sent(lane: LaneId, round: u32, pages: u64) -> Input {
     }
 }
 
+/// Tracking is on, and so many pages were handed on meanwhile.
+pub(super) fn tracking(pages: u64) -> Input {
+    Input::Tracking(handed_on(pages))
+}
+
+/// A scan has ended, and so many pages were handed on by it.
+pub(super) fn scanned(pages: u64) -> Input {
+    Input::Scanned(handed_on(pages))
+}
+
+fn handed_on(pages: u64) -> HandedOn {
+    HandedOn {
+        pages,
+        ..HandedOn::default()
+    }
+}
+
 pub(super) fn done(round: u32, pages: u64) -> Input {
     let round = Round(round);
     Input::Received(Message::RoundDone { round, pages })
@@ -127,8 +145,12 @@ pub(super) fn word(action: &Action) -> String {
             pages,
             zeros,
             ..
-        } => format!("copy {} in {round}, {zeros:?}", pages.len()),
-        Action::Collect { rearm, .. } => format!("collect, rearm {rearm:?}"),
+        } => match pages {
+            Pages::Known(pages) => format!("copy {} in {round}, {zeros:?}", pages.len()),
+            Pages::Scanned => format!("copy what is found in {round}, {zeros:?}"),
+        },
+        Action::Collect { .. } => "collect".to_owned(),
+        Action::Scan { rearm, with } => format!("scan, and {}, rearm {rearm:?}", with.len()),
         Action::StartTracking { .. } => "track".to_owned(),
         Action::OpenLane(lane) => format!("open {lane}"),
         Action::JoinLane(lane) => format!("join {lane}"),
@@ -220,7 +242,6 @@ pub(super) fn happy_path() -> Vec<(Input, Vec<&'static str>)> {
     let found = |count| Input::Collected {
         found: pages(count),
     };
-    let populated = pages(3);
     let at = Moment(Duration::from_millis(9));
     vec![
         (
@@ -237,26 +258,37 @@ pub(super) fn happy_path() -> Vec<(Input, Vec<&'static str>)> {
         (Input::LaneOpen(ONE), vec!["join lane 1"]),
         (Input::LaneOpen(TWO), vec!["join lane 2"]),
         (Input::StateOpen, vec![]),
-        (Input::Tracking { populated }, vec![]),
+        (tracking(3), vec![]),
         (
             got(Message::Prepared),
-            vec!["Flush", "copy 3 in round 1, Skip"],
+            vec!["Flush", "copy what is found in round 1, Skip"],
         ),
         (Input::Flushed, vec![]),
         (idle(1), vec![]),
         (sent(1, 3), vec![]),
-        (done(1, 3), vec!["collect, rearm Yes"]),
+        (done(1, 3), vec!["collect"]),
         (found(1), vec!["Pause(Switchover)"]),
         (
             Input::Paused { at, drained: at },
-            vec!["send Paused", "Save", "collect, rearm Yes"],
+            vec![
+                "send Paused",
+                "Save",
+                "scan, and 1, rearm Yes",
+                "copy what is found in round 2, Tell",
+            ],
         ),
-        (found(2), vec!["copy 2 in round 2, Tell"]),
+        (scanned(2), vec![]),
         (Input::Saved { bytes: 9, crc: 7 }, vec!["Inventory"]),
         (sent(2, 2), vec![]),
         (idle(2), vec![]),
-        (done(2, 2), vec!["collect, rearm No"]),
-        (found(1), vec!["copy 1 in round 3, Tell", "send Complete"]),
+        (
+            done(2, 2),
+            vec![
+                "scan, and 0, rearm No",
+                "copy what is found in round 3, Tell",
+            ],
+        ),
+        (scanned(1), vec!["send Complete"]),
         (sent(3, 1), vec![]),
         (idle(3), vec![]),
         (done(3, 1), vec![]),

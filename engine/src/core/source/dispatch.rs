@@ -57,7 +57,8 @@ impl Shared {
             Input::Sent(totals) => {
                 let before = (self.meter.bytes_wire(), self.meter.open_pages());
                 self.meter.sent(totals);
-                if matches!(state, State::Copying(_)) {
+                // What lanes carry that wait for a scan says nothing about the link.
+                if matches!(&state, State::Copying(copying) if copying.is_known()) {
                     self.grow();
                 }
                 // Pages that move are no standstill, however slow the link. A live copy that stands

@@ -31,6 +31,8 @@ mod lanes;
 mod orders;
 mod precopy;
 mod round;
+#[cfg(test)]
+mod scan_tests;
 mod switchover;
 #[cfg(test)]
 mod tests;

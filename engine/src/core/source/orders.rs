@@ -9,7 +9,6 @@ use crate::core::converge::{Verdict, View};
 use crate::core::message::{Action, GuestLeft, Moment, Notice, Outcome, Reason, Record};
 use crate::core::meter::Meter;
 use crate::core::pageset::PageSet;
-use crate::vmm::Rearm;
 
 impl Shared {
     /// The guest stands. A pause that somebody undid before it was known here does not count.
@@ -71,10 +70,10 @@ impl Shared {
         PageSet::empty(&self.inventory.layout)
     }
 
-    pub(super) fn collect(&mut self, rearm: Rearm) {
+    pub(super) fn collect(&mut self) {
         let into = self.blank_set();
         self.meter.collecting(self.now);
-        self.actions.push_back(Action::Collect { rearm, into });
+        self.actions.push_back(Action::Collect { into });
     }
 
     pub(super) fn view(&self, dirty_pages: u64) -> View<'_> {

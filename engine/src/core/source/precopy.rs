@@ -9,19 +9,22 @@ use crate::core::converge::Verdict;
 use crate::core::encoding::EncodingTotals;
 use crate::core::heat::Hot;
 use crate::core::layout::PAGE_SIZE;
-use crate::core::message::{Action, Input, Moment, Notice, Phase, Reason, Record, Rewritten};
+use crate::core::message::{
+    Action, HandedOn, Input, Moment, Notice, Phase, Reason, Record, Rewritten,
+};
 use crate::core::meter::Progress;
 use crate::core::pageset::PageSet;
-use crate::vmm::{PauseFor, Rearm};
+use crate::vmm::PauseFor;
 
 /// Both sides get ready at the same time: the journal, the lanes, the device state and tracking
-/// here, RAM there. What the guest writes meanwhile is sent again; that costs less than waiting.
+/// here, RAM there. What the guest writes meanwhile is sent again; that costs less than waiting. The
+/// first round does not wait for tracking: it sends what is tracked already.
 #[derive(Default)]
 pub(super) struct Preparing {
     journaled: bool,
     state_open: bool,
     prepared: bool,
-    populated: Option<PageSet>,
+    tracking: Option<HandedOn>,
 }
 
 impl Shared {
@@ -55,6 +58,7 @@ impl Shared {
         self.open_first_lanes();
         self.actions.push_back(Action::OpenState);
         let into = self.blank_set();
+        self.meter.tracking_ordered(self.now);
         self.actions.push_back(Action::StartTracking { into });
         self.bound(self.config.limits.preparing);
         State::Preparing(Preparing::default())
@@ -67,65 +71,73 @@ impl Preparing {
             Input::Journaled(Record::Migrating) => self.journaled = true,
             Input::StateOpen => self.state_open = true,
             Input::Received(Message::Prepared) if !self.prepared => self.prepared = true,
-            Input::Tracking { populated } => {
+            Input::Tracking(handed_on) if self.tracking.is_none() => {
                 shared.meter.tracking(shared.now);
-                self.populated = Some(populated);
+                self.tracking = Some(handed_on);
             }
             input => return shared.unexpected(State::Preparing(self), &input),
         }
         self.advance(shared)
     }
 
-    pub(super) fn advance(mut self, shared: &mut Shared) -> State {
+    pub(super) fn advance(self, shared: &mut Shared) -> State {
         // One lane is enough to begin: the others join as they come, and a hello that hangs holds up
         // nobody.
-        let ready = self.journaled && shared.lanes.up() > 0 && self.state_open && self.prepared;
-        match self.populated.take_if(|_| ready) {
-            Some(populated) => shared.begin_copy(populated),
-            None => State::Preparing(self),
+        if self.journaled && shared.lanes.up() > 0 && self.state_open && self.prepared {
+            shared.begin_copy(self.tracking)
+        } else {
+            State::Preparing(self)
         }
     }
 }
 
 /// A move without `--live`: the guest is being paused before the first round.
 pub(super) struct Holding {
-    populated: PageSet,
+    tracking: Option<HandedOn>,
 }
 
 impl Holding {
     /// Somebody lets the guest run: it is copied live.
     pub(super) fn go_live(self, shared: &mut Shared) -> State {
-        shared.first_round(self.populated)
+        shared.first_round(self.tracking)
     }
 }
 
 impl Shared {
-    fn begin_copy(&mut self, populated: PageSet) -> State {
+    fn begin_copy(&mut self, tracking: Option<HandedOn>) -> State {
         match self.config.mode {
-            Mode::Live => self.first_round(populated),
+            Mode::Live => self.first_round(tracking),
             Mode::Paused => {
                 self.order_hold();
                 self.bound(self.config.limits.stopping);
-                State::Holding(Holding { populated })
+                State::Holding(Holding { tracking })
             }
         }
     }
 
-    fn first_round(&mut self, populated: PageSet) -> State {
+    fn first_round(&mut self, tracking: Option<HandedOn>) -> State {
         self.order_flush();
-        self.copy_live(populated)
+        self.bound(self.config.limits.draining);
+        let rewritten = self.rewritten();
+        State::Copying(Copying {
+            in_flight: self.copy_tracked(tracking, rewritten),
+        })
     }
 
     fn copy_live(&mut self, pages: PageSet) -> State {
         self.bound(self.config.limits.draining);
-        // A guest that stands writes nothing: not worth a look.
-        let rewritten = match self.held {
-            None => Rewritten::LeaveOut,
-            Some(_) => Rewritten::Send,
-        };
+        let rewritten = self.rewritten();
         State::Copying(Copying {
             in_flight: self.copy(pages, rewritten),
         })
+    }
+
+    /// A guest that stands writes nothing: not worth a look.
+    fn rewritten(&self) -> Rewritten {
+        match self.held {
+            None => Rewritten::LeaveOut,
+            Some(_) => Rewritten::Send,
+        }
     }
 
     /// Keeps dirty caches of disk images small, so that the pause finds nothing to write.
@@ -138,11 +150,16 @@ impl Shared {
 }
 
 impl Holding {
-    pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
+    pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
         match input {
+            Input::Tracking(handed_on) if self.tracking.is_none() => {
+                shared.meter.tracking(shared.now);
+                self.tracking = Some(handed_on);
+                State::Holding(self)
+            }
             Input::Paused { at, .. } => {
                 shared.hold(at);
-                shared.first_round(self.populated)
+                shared.first_round(self.tracking)
             }
             input => shared.unexpected(State::Holding(self), &input),
         }
@@ -156,6 +173,9 @@ pub(super) struct Copying {
 
 impl Copying {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
+        if matches!(input, Input::Tracking(_)) {
+            shared.meter.tracking(shared.now);
+        }
         let settled = self.in_flight.note(shared, input);
         self.settled(shared, settled)
     }
@@ -163,6 +183,11 @@ impl Copying {
     /// Whether the target has pages of a round to speak of.
     pub(super) fn awaits_round(&self) -> bool {
         !self.in_flight.is_done()
+    }
+
+    /// Whether the lanes have all pages of the round before them.
+    pub(super) fn is_known(&self) -> bool {
+        self.in_flight.is_known()
     }
 
     pub(super) fn advance(self, shared: &mut Shared) -> State {
@@ -220,7 +245,7 @@ impl Collecting {
         if self.awaits == Awaits::Flush {
             self.awaits = Awaits::Pages;
             shared.unbound();
-            shared.collect(Rearm::Yes);
+            shared.collect();
         }
         State::Collecting(self)
     }
@@ -228,7 +253,7 @@ impl Collecting {
 
 impl Shared {
     fn collect_next(&mut self) -> State {
-        self.collect(Rearm::Yes);
+        self.collect();
         State::Collecting(Collecting {
             before: None,
             awaits: Awaits::Pages,

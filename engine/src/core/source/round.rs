@@ -5,37 +5,88 @@ use std::sync::Arc;
 use ferry_stream::message::{Message, Round};
 
 use super::Shared;
-use crate::core::message::{Action, Deltas, Input, Pace, Reason, Rewritten, ZeroPages};
+use crate::core::message::{
+    Action, Deltas, HandedOn, Input, Pace, Pages, Reason, Rewritten, ZeroPages,
+};
 use crate::core::pageset::PageSet;
+use crate::vmm::Rearm;
+
+/// How the next round is sent.
+struct Manner {
+    rewritten: Rewritten,
+    deltas: Deltas,
+    pace: Pace,
+}
+
+impl Manner {
+    /// While the guest runs.
+    fn live(rewritten: Rewritten, deltas: Deltas) -> Self {
+        Self {
+            rewritten,
+            deltas,
+            pace: Pace::Limited,
+        }
+    }
+
+    /// With the guest being handed over.
+    fn standing(deltas: Deltas) -> Self {
+        Self {
+            rewritten: Rewritten::Send,
+            deltas,
+            pace: Pace::Free,
+        }
+    }
+}
 
 impl Shared {
     /// Orders the next round over `pages`, which a collection follows.
     pub(super) fn copy(&mut self, pages: PageSet, rewritten: Rewritten) -> InFlight {
-        let deltas = self.next_deltas();
-        self.order_copy(pages, rewritten, Pace::Limited, deltas)
+        let manner = Manner::live(rewritten, self.next_deltas());
+        self.copy_known(pages, manner)
     }
 
-    /// Orders the next round over `pages`, with the guest being handed over. Another one follows.
-    pub(super) fn copy_standing(&mut self, pages: PageSet) -> InFlight {
-        let deltas = self.next_deltas();
-        self.order_copy(pages, Rewritten::Send, Pace::Free, deltas)
+    /// Orders the first round, over what is handed on while tracking is started.
+    pub(super) fn copy_tracked(
+        &mut self,
+        populated: Option<HandedOn>,
+        rewritten: Rewritten,
+    ) -> InFlight {
+        let most = self.inventory.layout.pages();
+        let manner = Manner::live(rewritten, self.next_deltas());
+        let mut in_flight = self.order_copy(Pages::Scanned, most, manner);
+        if let Some(handed_on) = populated {
+            in_flight.scanned(self, handed_on);
+        }
+        in_flight
     }
 
     /// Orders the round over `pages` that shall be the last: the target may load when it is done.
     pub(super) fn copy_last(&mut self, pages: PageSet) -> InFlight {
-        let deltas = self.no_deltas();
-        self.order_copy(pages, Rewritten::Send, Pace::Free, deltas)
+        let manner = Manner::standing(self.no_deltas());
+        self.copy_known(pages, manner)
     }
 
-    fn order_copy(
-        &mut self,
-        pages: PageSet,
-        rewritten: Rewritten,
-        pace: Pace,
-        deltas: Deltas,
-    ) -> InFlight {
+    /// Orders a scan with the guest being handed over, and the next round over what it finds and what
+    /// is dirty anyway.
+    pub(super) fn copy_scanned(&mut self, rearm: Rearm, with: PageSet) -> InFlight {
+        let least = with.len();
+        // Another round follows a scan that re-protects. Without, it may be the last.
+        let deltas = match rearm {
+            Rearm::Yes => self.next_deltas(),
+            Rearm::No => self.no_deltas(),
+        };
+        self.actions.push_back(Action::Scan { rearm, with });
+        self.order_copy(Pages::Scanned, least, Manner::standing(deltas))
+    }
+
+    fn copy_known(&mut self, pages: PageSet, manner: Manner) -> InFlight {
+        let all = pages.len();
+        self.order_copy(Pages::Known(Arc::new(pages)), all, manner)
+    }
+
+    fn order_copy(&mut self, pages: Pages, expected: u64, manner: Manner) -> InFlight {
         self.round = Round(self.round.0 + 1);
-        self.meter.begin_round(self.now, self.round, pages.len());
+        self.meter.begin_round(self.now, self.round, expected);
         self.lanes.begin(self.round);
         if let Some(growth) = &mut self.growth {
             growth.interrupted();
@@ -45,9 +96,18 @@ impl Shared {
         } else {
             ZeroPages::Tell
         };
+        let scan = match pages {
+            Pages::Known(_) => Scan::Over,
+            Pages::Scanned => Scan::UnderWay,
+        };
+        let Manner {
+            rewritten,
+            deltas,
+            pace,
+        } = manner;
         self.actions.push_back(Action::Copy {
             round: self.round,
-            pages: Arc::new(pages),
+            pages,
             zeros,
             rewritten,
             deltas,
@@ -55,17 +115,27 @@ impl Shared {
         });
         InFlight {
             round: self.round,
+            scan,
             done: None,
         }
     }
 }
 
-/// A round on its way: over when every lane has sent its end and the target says that it is done, in
-/// whichever order the two become known.
+/// A round on its way: over when all its pages are known, every lane has sent its end, and the target
+/// says that it is done, in whichever order that becomes known.
 pub(super) struct InFlight {
     round: Round,
+    scan: Scan,
     /// Pages that the target counts.
     done: Option<u64>,
+}
+
+/// The scan that hands on the pages of a round.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Scan {
+    UnderWay,
+    /// It has ended, or the pages were known without one.
+    Over,
 }
 
 /// What a fact means to a round on its way.
@@ -89,8 +159,23 @@ impl InFlight {
                 self.done = Some(pages);
                 self.settle(shared)
             }
+            Input::Tracking(handed_on) | Input::Scanned(handed_on) if !self.is_known() => {
+                self.scanned(shared, handed_on);
+                self.settle(shared)
+            }
             input => Settled::Unrelated(input),
         }
+    }
+
+    /// The scan that the round was waiting for has ended.
+    pub(super) fn scanned(&mut self, shared: &mut Shared, handed_on: HandedOn) {
+        self.scan = Scan::Over;
+        shared.meter.scanned(handed_on);
+    }
+
+    /// Whether all pages of the round are known.
+    pub(super) fn is_known(&self) -> bool {
+        self.scan == Scan::Over
     }
 
     /// Whether the target has said that the round is done.
@@ -103,6 +188,10 @@ impl InFlight {
         let (Some(ours), Some(theirs)) = (shared.lanes.sum(), self.done) else {
             return Settled::NotYet;
         };
+        // The scan's own word may come after that of the lanes which it has let go.
+        if !self.is_known() {
+            return Settled::NotYet;
+        }
         if ours != theirs {
             return Settled::Wrong(Reason::Miscounted {
                 round: self.round,

@@ -10,7 +10,9 @@ use ferry_stream::message::{Message, Verdict};
 
 use super::round::{InFlight, Settled};
 use super::{Hardware, Shared, State};
-use crate::core::message::{Action, Input, Moment, Notice, Outcome, Reason, Record, run_order};
+use crate::core::message::{
+    Action, HandedOn, Input, Moment, Notice, Outcome, Reason, Record, run_order,
+};
 use crate::core::pageset::PageSet;
 use crate::vmm::{Inventory, Rearm};
 
@@ -30,23 +32,26 @@ impl Stopping {
 }
 
 impl Shared {
-    fn drain(&mut self, dirty: PageSet, stopped: Moment, drained: Moment) -> State {
+    fn drain(&mut self, mut dirty: PageSet, stopped: Moment, drained: Moment) -> State {
         self.meter.stopped(self.held.unwrap_or(stopped));
         let now = self.now;
         self.meter.blackout(|watch| watch.paused(drained, now));
         self.send(Message::Paused);
         self.actions.push_back(Action::Save);
-        self.collect(Rearm::Yes);
+        self.add_owed(&mut dirty);
+        // Saving the state may write RAM still: what it writes is for the last scan to find.
+        let in_flight = self.copy_scanned(Rearm::Yes, dirty);
         self.bound(self.config.limits.draining);
         State::Draining(Draining {
-            left: Left::Collecting(dirty),
+            left: Left::Sending(in_flight),
             saved: None,
         })
     }
 }
 
-/// The guest stands. Two things go on side by side: the pages it left dirty are collected and sent,
-/// and its device state is saved. When both are done, what the saving wrote is collected.
+/// The guest stands. Two things go on side by side: the pages it left dirty are sent while they are
+/// being looked for, and its device state is saved. When both are done, what the saving wrote is looked
+/// for and sent in the same way. How much that is, is known when the last scan has ended.
 pub(super) struct Draining {
     left: Left,
     saved: Option<Saved>,
@@ -62,18 +67,28 @@ struct Saved {
 
 /// How far the pages are that the guest left dirty.
 enum Left {
-    /// Being collected; these were collected before the pause.
-    Collecting(PageSet),
     /// On their way.
     Sending(InFlight),
     /// In place.
     Placed,
-    /// Being collected a last time, after the state was saved.
-    LastCollecting,
+    /// The last of them are on their way, and being looked for.
+    Last(Last),
+}
+
+/// The last round, as long as its pages are not known.
+struct Last {
+    in_flight: InFlight,
+    saved: Saved,
+    /// Lanes that had died before it.
+    lost: u32,
 }
 
 impl Draining {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
+        if let Input::Scanned(handed_on) = &input {
+            let starved = handed_on.starved;
+            shared.meter.blackout(|watch| watch.scanned(starved));
+        }
         match (input, &mut self.left) {
             (Input::Inventoried(now), _) => {
                 if let Some(reason) = shared.compare(&now) {
@@ -86,22 +101,12 @@ impl Draining {
                 shared.meter.state(bytes);
                 shared.read_hardware();
             }
-            (Input::Collected { mut found }, Left::Collecting(before)) => {
-                let now = shared.now;
-                shared.meter.blackout(|watch| watch.collected(now));
-                found.union(before);
-                shared.add_owed(&mut found);
-                self.left = Left::Sending(shared.copy_standing(found));
-            }
-            (Input::Collected { mut found }, Left::LastCollecting) => {
-                shared.add_owed(&mut found);
-                return self.complete(shared, found);
-            }
-            (input, Left::Sending(in_flight)) => {
+            (Input::Scanned(handed_on), Left::Last(_)) => return self.complete(shared, handed_on),
+            (input, Left::Sending(in_flight) | Left::Last(Last { in_flight, .. })) => {
                 let settled = in_flight.note(shared, input);
                 return self.settled(shared, settled);
             }
-            (input, _) => return shared.unexpected(State::Draining(self), &input),
+            (input, Left::Placed) => return shared.unexpected(State::Draining(self), &input),
         }
         self.advance(shared)
     }
@@ -113,11 +118,13 @@ impl Draining {
 
     /// A lane has moved on, and perhaps the round with it.
     pub(super) fn moved(self, shared: &mut Shared) -> State {
-        let Left::Sending(in_flight) = &self.left else {
-            return State::Draining(self);
-        };
-        let settled = in_flight.settle(shared);
-        self.settled(shared, settled)
+        match &self.left {
+            Left::Placed => State::Draining(self),
+            Left::Sending(in_flight) | Left::Last(Last { in_flight, .. }) => {
+                let settled = in_flight.settle(shared);
+                self.settled(shared, settled)
+            }
+        }
     }
 
     fn settled(mut self, shared: &mut Shared, settled: Settled) -> State {
@@ -138,41 +145,60 @@ impl Draining {
 
     fn advance(mut self, shared: &mut Shared) -> State {
         if let (Some(saved), Left::Placed) = (self.saved, &self.left) {
-            self.left = Left::LastCollecting;
             let now = shared.now;
             shared
                 .meter
                 .blackout(|watch| watch.copied_and_saved(saved.at, now));
-            shared.collect(Rearm::No);
+            let mut owed = shared.blank_set();
+            shared.add_owed(&mut owed);
+            let lost = shared.lanes.lost();
+            self.left = Left::Last(Last {
+                in_flight: shared.copy_scanned(Rearm::No, owed),
+                saved,
+                lost,
+            });
         }
         State::Draining(self)
     }
 
     /// Says at once what will be complete when the last round is: the target then need not be told
     /// again, which is a round trip less in the blackout. Every page of a later round is told, so
-    /// their number is known.
-    fn complete(self, shared: &mut Shared, last: PageSet) -> State {
-        let Some(saved) = self.saved else {
+    /// their number is known with the end of the scan. But not what a lane has taken that died
+    /// meanwhile: then it is said when the round is done.
+    fn complete(self, shared: &mut Shared, handed_on: HandedOn) -> State {
+        let Left::Last(mut last) = self.left else {
             return State::Draining(self);
         };
-        let now = shared.now;
-        shared.meter.blackout(|watch| watch.last_collected(now));
-        shared.last_round(last, saved)
+        last.in_flight.scanned(shared, handed_on);
+        let complete = if last.lost == shared.lanes.lost() {
+            shared.say_complete(shared.pages_told + handed_on.pages, last.saved);
+            Complete::Stands
+        } else {
+            Complete::Void
+        };
+        // All else may have come before the scan's own word.
+        let offering = shared.offering(last.in_flight, last.saved, complete);
+        offering.moved(shared)
     }
 }
 
 impl Shared {
+    /// One more round, with what dead lanes owe.
     fn last_round(&mut self, last: PageSet, saved: Saved) -> State {
         let pages = self.pages_told + last.len();
         let in_flight = self.copy_last(last);
         self.say_complete(pages, saved);
+        State::Offering(self.offering(in_flight, saved, Complete::Stands))
+    }
+
+    fn offering(&mut self, in_flight: InFlight, saved: Saved, complete: Complete) -> Offering {
         self.bound(self.config.limits.offering);
-        State::Offering(Offering {
+        Offering {
             saved,
-            complete: Complete::Stands,
+            complete,
             in_flight: Some(in_flight),
             ready: false,
-        })
+        }
     }
 
     fn say_complete(&mut self, pages: u64, saved: Saved) {
@@ -238,7 +264,7 @@ pub(super) struct Offering {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Complete {
     Stands,
-    /// A lane was fenced before the last round was done.
+    /// A lane died in the last round: the target was told nothing, or has forgotten it with the fence.
     Void,
 }
 
