@@ -17,6 +17,7 @@ use super::send::{CHUNK_PAGES, CHUNK_RUNS, Dealt, Outfit, Queue, Run};
 use super::{PanicWatch, is_death};
 use crate::core::message::{Failure, Input, Pace, Rewritten, Step, ZeroPages};
 use crate::core::outcome::in_full;
+use crate::pacer::Account;
 use crate::vmm::VmmError;
 
 /// Why a lane's thread ends.
@@ -46,6 +47,8 @@ pub(super) struct Sender {
     outfit: Outfit,
     log: Log,
     looks: Looks,
+    /// What it has sent under a limit.
+    account: Account,
     /// Set when this side ends the lane: that it ends is no news then.
     cut: Arc<AtomicBool>,
 }
@@ -65,6 +68,7 @@ impl Sender {
             looks: Looks::new(Arc::clone(&outfit.fresh)),
             outfit,
             log: Log::default(),
+            account: Account::default(),
             cut,
         }
     }
@@ -142,8 +146,10 @@ impl Sender {
         self.outfit.encoder.encode(&mut self.frame, lane);
     }
 
-    fn pay(&self) {
-        let waited = self.outfit.pacer.pay(self.frame.wire_bytes(), &self.cut);
+    fn pay(&mut self) {
+        let bytes = self.frame.wire_bytes();
+        let pacer = &self.outfit.pacer;
+        let waited = pacer.pay(&mut self.account, bytes, &self.cut);
         if !waited.is_zero() {
             let nanos = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
             let counters = &self.outfit.counters;
