@@ -24,6 +24,7 @@ use crate::device_state::Inbox;
 use crate::greeting::{Arrival, MAX_GREETINGS, accept};
 use crate::job::Finished;
 use crate::journal::Journal;
+use crate::lanes::ahead::Ahead;
 use crate::lanes::receive::{Receivers, ReceivingLane, Tally};
 use crate::lanes::send::chain;
 use crate::send::{PARTING, VmSide, order_journal};
@@ -61,6 +62,7 @@ pub(crate) struct Driver {
     control: Option<Control>,
     ram: Arc<dyn Ram>,
     receivers: Receivers,
+    ahead: Ahead,
     /// Lanes whose end is waited for.
     ending: JoinSet<()>,
     state: Inbox,
@@ -100,6 +102,7 @@ impl Driver {
             notices: parts.notices,
             silence: parts.silence,
             control: None,
+            ahead: Ahead::new(&parts.ram, &facts),
             ram: parts.ram,
             receivers: Receivers::default(),
             ending: JoinSet::new(),
@@ -174,6 +177,8 @@ impl Driver {
                 }
             }
             Action::Prepare => self.prepare(),
+            Action::Allocate(room) => self.ahead.allocate(&room),
+            Action::EndAllocating => self.ahead.close(),
             Action::BeginLoad => {
                 let mut reader = self.state.reader();
                 self.vm.order(Step::Load, move |vm| {
@@ -194,6 +199,7 @@ impl Driver {
                 });
             }
             Action::Quit => {
+                self.ahead.close();
                 // A load that waits for state would keep the VM thread for ever.
                 self.state.close("the migration was given up");
                 self.vm
@@ -242,12 +248,14 @@ impl Driver {
         });
     }
 
-    /// RAM is complete. Every lane has ended before the load begins: nothing that a source still sends
-    /// writes the RAM of a guest that is loaded, or runs.
+    /// RAM is complete. Every lane has ended before the load begins, and nobody allocates any more:
+    /// nothing that a source still sends writes the RAM of a guest that is loaded, or runs.
     fn release(&mut self, bytes: u64, crc: u32) {
         let (mut receivers, state) = (std::mem::take(&mut self.receivers), self.state.clone());
+        let quiet = self.ahead.quiet();
         tokio::task::spawn_blocking(move || {
             receivers.join();
+            quiet();
             state.release(bytes, crc);
         });
     }
@@ -267,8 +275,10 @@ impl Driver {
         }
         let keeps_journal = matches!(outcome, Outcome::InDoubt { .. });
         let (mut receivers, vm, journal) = (self.receivers, self.vm, self.journal);
+        let ahead = self.ahead;
         let ended = tokio::task::spawn_blocking(move || {
             receivers.join();
+            ahead.join();
             drop(vm.finish());
             match journal.finish() {
                 Some(journal) if !keeps_journal => journal.remove(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ferry_stream::limits::MAX_LANES;
 use ferry_stream::link::{Acceptor, Connector};
-use ferry_stream::message::{Mode, SessionId};
+use ferry_stream::message::{Features, Mode, SessionId};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
@@ -121,7 +121,7 @@ impl Migration {
             run_at_target: None,
             downtime_limit: DEFAULT_DOWNTIME_LIMIT,
             timeout: None,
-            features: Compression::default().features(),
+            features: offered(Compression::default()),
             lanes: LanePlan::Fixed(NonZeroU16::MIN),
             switchover_floor: DEFAULT_SWITCHOVER_FLOOR,
             limits: SourceLimits::default(),
@@ -203,7 +203,7 @@ impl SourceBuilder {
     #[must_use]
     pub fn with_compression(mut self, compression: Compression) -> Self {
         self.compression = compression;
-        self.config.features = compression.features();
+        self.config.features = offered(compression);
         self
     }
 
@@ -399,6 +399,11 @@ fn wanted(last: Option<&Entry>, now: RunState) -> RunState {
         }) => RunState::Running,
         _ => now,
     }
+}
+
+/// What a source is able to do, with pages packed in this way.
+fn offered(compression: Compression) -> Features {
+    compression.features().union(Features::AHEAD)
 }
 
 /// What is read of a VM before its thread is started.

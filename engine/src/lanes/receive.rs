@@ -11,6 +11,7 @@ use ferry_stream::link::{Closer, Lane};
 use ferry_stream::message::LaneId;
 use ferry_stream::pages::{Encoding, Record};
 
+use super::ahead::Front;
 use super::{PanicWatch, is_death};
 use crate::core::layout::{PageRange, RegionIndex};
 use crate::core::message::{Failure, Input, LaneSeen, Step};
@@ -49,6 +50,7 @@ impl Receivers {
         id: LaneId,
         lane: Box<dyn Lane>,
         ram: &Arc<dyn Ram>,
+        front: &Arc<Front>,
         facts: &Facts,
     ) -> io::Result<()> {
         let closer = lane.closer()?;
@@ -61,6 +63,7 @@ impl Receivers {
             },
             reader: PageLaneReader::new(id),
             ram: Arc::clone(ram),
+            front: Arc::clone(front),
             facts: facts.clone(),
             over: Arc::clone(&over),
         };
@@ -149,6 +152,7 @@ struct Receiver {
     lane: Counted,
     reader: PageLaneReader,
     ram: Arc<dyn Ram>,
+    front: Arc<Front>,
     facts: Facts,
     over: Arc<AtomicBool>,
 }
@@ -179,8 +183,8 @@ impl Receiver {
     fn next(&mut self) -> Result<Option<Input>, PlaceError> {
         let (round, pages) = match self.reader.next(&mut self.lane)? {
             Incoming::Pages(body) => {
-                let ram = &*self.ram;
-                body.place(|record, data, hasher| place(ram, record, data, hasher))?;
+                let (ram, front) = (&*self.ram, &*self.front);
+                body.place(|record, data, hasher| place(ram, front, record, data, hasher))?;
                 return Ok(None);
             }
             Incoming::RoundEnd { round, pages } => (round, pages),
@@ -231,6 +235,7 @@ impl Read for Counted {
 
 fn place(
     ram: &dyn Ram,
+    front: &Front,
     record: &Record,
     data: &mut dyn io::Read,
     hasher: Hasher,
@@ -241,7 +246,10 @@ fn place(
         return Err(PlaceError::OutsideRam { region, range });
     }
     match record.encoding {
-        Encoding::Raw => Ok(ram.receive(region, range, data, hasher)?),
+        Encoding::Raw => {
+            front.pass(region, range);
+            Ok(ram.receive(region, range, data, hasher)?)
+        }
         Encoding::Zero => {
             ram.zero(region, range)?;
             Ok(hasher)

@@ -71,7 +71,9 @@ impl Driver {
         let lanes = self.machine.lanes();
         lane.writer.send(&Message::Welcome(welcome(lanes))).await?;
         let lane = lane.into_inner()?.into_lane()?;
-        self.receivers.start(id, lane, &self.ram, &self.facts)?;
+        let front = self.ahead.front();
+        self.receivers
+            .start(id, lane, &self.ram, front, &self.facts)?;
         Ok(())
     }
 

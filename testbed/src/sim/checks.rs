@@ -1,6 +1,6 @@
 //! What must hold, at every step and at the end.
 
-use ferry_engine::core::layout::RegionIndex;
+use ferry_engine::core::layout::{PageRange, RegionIndex};
 use ferry_engine::core::message::{Outcome, Phase, Reason, Record};
 use ferry_engine::vmm::RunState;
 use ferry_stream::message::Verdict;
@@ -95,6 +95,17 @@ pub enum Violation {
         /// What is at the target.
         target: u64,
     },
+    /// Room was ordered for what is no guest RAM, or has room, or too late.
+    #[error("room was ordered for {range} of {region}")]
+    WildRoom {
+        /// The region.
+        region: RegionIndex,
+        /// The pages.
+        range: PageRange,
+    },
+    /// The guest is loaded while room for its pages is still being made.
+    #[error("the load began while room for pages was being made")]
+    RoomInLoad,
     /// A page was written into a guest that runs.
     #[error("a page was placed after the guest had run")]
     PlacedAfterRun,

@@ -237,7 +237,7 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
         downtime_limit: rng.micros(1..=4000),
         timeout: rng.percent(30).then(|| rng.micros(100..=50_000)),
         lanes: lanes(rng),
-        features: Features::NONE,
+        features: rng.pick(&[Features::NONE, Features::AHEAD]),
         switchover_floor: rng.micros(1..=1000),
         limits: SourceLimits {
             greeting: ms(20),

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ferry_engine::core::layout::Layout;
 use ferry_engine::core::message::{Action, Input, LaneTotals, Moment};
+use ferry_engine::core::pageset::PageSet;
 use ferry_engine::core::source::Source;
 use ferry_engine::core::target::Target;
 use ferry_engine::vmm::{Inventory, RunState};
@@ -48,6 +49,9 @@ pub(super) struct World {
     pub(super) queue: Option<Queue>,
     pub(super) totals: LaneTotals,
     pub(super) state_at_target: Option<u64>,
+    /// Pages of the target for which room was ordered ahead.
+    pub(super) room: PageSet,
+    pub(super) makes_room: bool,
     pub(super) load_released: Option<(u64, u32)>,
     pub(super) asking: Option<u64>,
     pub(super) asked: u64,
@@ -102,6 +106,8 @@ impl World {
             queue: None,
             totals: LaneTotals::default(),
             state_at_target: None,
+            room: PageSet::empty(&layout),
+            makes_room: false,
             load_released: None,
             asking: None,
             asked: 0,

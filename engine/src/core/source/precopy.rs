@@ -68,6 +68,7 @@ impl Preparing {
             Input::Received(Message::Prepared) if !self.prepared => self.prepared = true,
             Input::Tracking { populated } => {
                 shared.meter.tracking(shared.now);
+                shared.tell_ahead(&populated);
                 self.populated = Some(populated);
             }
             input => return shared.unexpected(State::Preparing(self), &input),

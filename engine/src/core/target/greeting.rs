@@ -8,8 +8,8 @@ use super::{Shared, State};
 use crate::core::layout::{Layout, Region};
 use crate::core::message::{Action, GuestLeft, Outcome, Phase, Reason, Record};
 
-/// What page frames a target takes.
-const FEATURES: Features = Features::LZ4.union(Features::ZSTD);
+/// What a target is able to take.
+const FEATURES: Features = Features::LZ4.union(Features::ZSTD).union(Features::AHEAD);
 
 impl Shared {
     pub(super) fn greet(&mut self, hello: Hello) -> State {
@@ -17,6 +17,7 @@ impl Shared {
         match self.agree(hello) {
             Ok(welcome) => {
                 self.session = Some(session);
+                self.features = welcome.features;
                 self.lanes = Lanes::none_of(welcome.lanes);
                 self.send(Message::Welcome(welcome));
                 self.journal(Record::Receiving);
