@@ -28,6 +28,20 @@ fn noise(length: usize) -> Vec<u8> {
     words.flatten().take(length).collect()
 }
 
+/// Bytes such as logs and documents have: words, some of them often.
+fn text(length: usize) -> Vec<u8> {
+    let numbers = noise(2 * length);
+    let words = numbers.chunks_exact(2).flat_map(|pair| {
+        // The smaller of two numbers: common words and rare ones.
+        let word = u64::from(pair[0].min(pair[1]));
+        let letters = word.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+        let count = 3 + usize::from(letters[7] % 5);
+        let letters = letters.map(|byte| b'a' + byte % 26);
+        letters.into_iter().take(count).chain([b' '])
+    });
+    words.take(length).collect()
+}
+
 /// Frames of pages: made from memory into a stream, and read from it into memory.
 mod codec {
 
@@ -47,7 +61,7 @@ mod codec {
         count: FRAME_PAGES,
     };
 
-    fn build(frame: &mut PageFrame, memory: &[u8]) {
+    pub(super) fn build(frame: &mut PageFrame, memory: &[u8]) {
         frame.begin(Round(1));
         let room = frame.push_raw(RUN).expect("the frame is empty");
         room.copy_from_slice(memory);
@@ -73,8 +87,13 @@ mod codec {
     fn receive_and_place(bencher: Bencher<'_, '_>) {
         let mut frame = PageFrame::new(FRAME_PAGES);
         build(&mut frame, &noise(FRAME_BYTES));
+        receive(bencher, &mut frame);
+    }
+
+    /// Receives the same frame again and again.
+    pub(super) fn receive(bencher: Bencher<'_, '_>, frame: &mut PageFrame) {
         let mut wire = Vec::new();
-        let sent = PageLaneWriter::new(LANE).send(&mut wire, &mut frame);
+        let sent = PageLaneWriter::new(LANE).send(&mut wire, frame);
         sent.expect("memory takes everything");
         let mut place = vec![0; FRAME_BYTES];
         bencher
@@ -101,6 +120,50 @@ mod codec {
         fn from(_: ferry_stream::Error) -> Self {
             Self
         }
+    }
+}
+
+/// Frames packed, and unpacked, in every way that a source chooses from.
+mod packing {
+    use divan::Bencher;
+    use divan::counter::BytesCount;
+    use ferry_stream::pages::{Effort, Packer, PageFrame};
+
+    use super::{FRAME_BYTES, FRAME_PAGES, codec, noise, text};
+
+    const EFFORTS: [Effort; 4] = [
+        Effort::Lz4,
+        Effort::Zstd(1),
+        Effort::Zstd(3),
+        Effort::Zstd(6),
+    ];
+
+    fn pack(bencher: Bencher<'_, '_>, effort: Effort, memory: &[u8]) {
+        let mut packer = Packer::new();
+        bencher
+            .counter(BytesCount::new(FRAME_BYTES))
+            .bench_local(|| packer.pack(effort, memory).map(<[u8]>::len));
+    }
+
+    /// What becomes smaller.
+    #[divan::bench(args = EFFORTS)]
+    fn pack_text(bencher: Bencher<'_, '_>, effort: Effort) {
+        pack(bencher, effort, &text(FRAME_BYTES));
+    }
+
+    /// What does not, as it turns out.
+    #[divan::bench(args = EFFORTS)]
+    fn pack_noise(bencher: Bencher<'_, '_>, effort: Effort) {
+        pack(bencher, effort, &noise(FRAME_BYTES));
+    }
+
+    /// Read, its sum checked, unpacked and placed: beside `receive_and_place` of `codec`.
+    #[divan::bench(args = EFFORTS)]
+    fn unpack_text_and_place(bencher: Bencher<'_, '_>, effort: Effort) {
+        let mut frame = PageFrame::new(FRAME_PAGES);
+        codec::build(&mut frame, &text(FRAME_BYTES));
+        assert!(frame.pack(&mut Packer::new(), effort), "text packs");
+        codec::receive(bencher, &mut frame);
     }
 }
 

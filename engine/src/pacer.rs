@@ -1,17 +1,26 @@
 //! `--bandwidth`: no more than so many bytes a second, over all lanes together. What is sent while the
 //! guest is handed over does not pay: it would pay with the guest standing.
 //!
-//! A bucket that never holds more than a short burst. A sender pays before it sends and sleeps off
-//! its debt, so lanes share the rate by what they send, and a change of the rate, or the end, wakes
-//! every sleeper.
+//! A bucket that never holds more than a short burst. A sender waits until what went before has been
+//! paid for, and then pays for its own. Whose turn it is the bytes say that each has sent, so that lanes
+//! share the rate evenly, whatever the sizes of their frames. A change of the rate, or the end, wakes
+//! everybody.
+
+mod turns;
 
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+pub(crate) use self::turns::Account;
+use self::turns::{Turn, Turns};
+
 /// What may be saved up while nobody sends.
 const BURST: Duration = Duration::from_millis(10);
+
+/// How long somebody sleeps who is woken in any case.
+const LONG: Duration = Duration::from_secs(3600);
 
 /// 1 MiB in bytes.
 const MIB: NonZeroU64 = NonZeroU64::new(1 << 20).expect("a MiB is not zero");
@@ -37,8 +46,7 @@ struct Bucket {
     rate: Bandwidth,
     /// When everything paid for so far has been sent at the rate.
     paid_until: Instant,
-    /// How often the rate was changed.
-    changes: u64,
+    turns: Turns,
     closed: bool,
 }
 
@@ -47,7 +55,7 @@ impl Pacer {
         let state = Bucket {
             rate,
             paid_until: Instant::now(),
-            changes: 0,
+            turns: Turns::default(),
             closed: false,
         };
         Self {
@@ -56,11 +64,10 @@ impl Pacer {
         }
     }
 
-    /// Changes the rate. Whoever sleeps off a debt at the old one, which may be for hours, goes now.
+    /// Changes the rate. A debt at the old one, which may be for hours, is forgotten.
     pub(crate) fn set(&self, rate: Bandwidth) {
         let mut bucket = self.lock();
         bucket.rate = rate;
-        bucket.changes += 1;
         bucket.paid_until = bucket.paid_until.min(Instant::now());
         self.changed.notify_all();
     }
@@ -90,26 +97,28 @@ impl Pacer {
         self.changed.notify_all();
     }
 
-    /// Pays for `bytes` bytes and waits until they may be sent, or the sender is `cut`. Returns how
-    /// long that was.
-    pub(crate) fn pay(&self, bytes: u64, cut: &AtomicBool) -> Duration {
+    /// Waits until `bytes` bytes of this account may be sent, or the sender is `cut`, and pays for them.
+    /// Returns how long that was.
+    pub(crate) fn pay(&self, account: &mut Account, bytes: u64, cut: &AtomicBool) -> Duration {
         let mut bucket = self.lock();
-        let now = Instant::now();
-        let due = bucket.paid_until.max(now.checked_sub(BURST).unwrap_or(now));
-        bucket.paid_until = due + bucket.rate.time_for(bytes);
-        let changes = bucket.changes;
-        let mut began = None;
-        while let Some(wait) = bucket.wait(due, changes)
+        // What is sent without a limit is nobody's advantage under the next one.
+        if bucket.is_open() {
+            return Duration::ZERO;
+        }
+        let began = Instant::now();
+        let turn = bucket.turns.ask(account, bytes);
+        let mut waited = Duration::ZERO;
+        while let Some(wait) = bucket.wait(turn)
             && !cut.load(Ordering::Acquire)
         {
-            began.get_or_insert(now);
-            let (guard, _) = self
-                .changed
-                .wait_timeout(bucket, wait)
-                .unwrap_or_else(PoisonError::into_inner);
-            bucket = guard;
+            let woken = self.changed.wait_timeout(bucket, wait);
+            (bucket, _) = woken.unwrap_or_else(PoisonError::into_inner);
+            waited = began.elapsed();
         }
-        began.map_or(Duration::ZERO, |began| began.elapsed())
+        bucket.pay(bytes);
+        bucket.turns.leave(turn);
+        self.changed.notify_all();
+        waited
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Bucket> {
@@ -118,13 +127,28 @@ impl Pacer {
 }
 
 impl Bucket {
-    /// How long a sender still waits whose turn is at `due` by the rate after `changes` changes.
-    fn wait(&self, due: Instant, changes: u64) -> Option<Duration> {
-        if self.closed || self.rate == Bandwidth::Unlimited || self.changes != changes {
+    fn is_open(&self) -> bool {
+        self.closed || self.rate == Bandwidth::Unlimited
+    }
+
+    /// How long a sender still waits at least.
+    fn wait(&self, turn: Turn) -> Option<Duration> {
+        if self.is_open() {
             return None;
         }
-        due.checked_duration_since(Instant::now())
+        if !self.turns.is_next(turn) {
+            // It is woken.
+            return Some(LONG);
+        }
+        self.paid_until
+            .checked_duration_since(Instant::now())
             .filter(|wait| !wait.is_zero())
+    }
+
+    fn pay(&mut self, bytes: u64) {
+        let now = Instant::now();
+        let saved = now.checked_sub(BURST).unwrap_or(now);
+        self.paid_until = self.paid_until.max(saved) + self.rate.time_for(bytes);
     }
 }
 
@@ -164,8 +188,9 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
+                    let mut account = Account::default();
                     (0..8).for_each(|_| {
-                        pacer.pay(64 << 10, &UNCUT);
+                        pacer.pay(&mut account, 64 << 10, &UNCUT);
                     });
                 });
             }
@@ -175,15 +200,48 @@ mod tests {
         assert!(took >= Duration::from_millis(180), "{took:?}");
     }
 
+    /// Senders of very different appetite, in real time: each sends what the others send.
+    #[test]
+    fn the_rate_is_shared_evenly() {
+        let sizes: [u64; 6] = [4 << 10, 9 << 10, 32 << 10, 64 << 10, 100_000, 128 << 10];
+        let largest = sizes[sizes.len() - 1];
+        let pacer = Pacer::new(rate(32 << 20));
+        let over = AtomicBool::new(false);
+        let all = std::sync::atomic::AtomicU64::new(0);
+        let sent: Vec<u64> = std::thread::scope(|scope| {
+            let senders = sizes.map(|size| {
+                let (pacer, over, all) = (&pacer, &over, &all);
+                scope.spawn(move || {
+                    let (mut account, mut sent) = (Account::default(), 0);
+                    while !over.load(Ordering::Acquire) {
+                        pacer.pay(&mut account, size, &UNCUT);
+                        sent += size;
+                        if all.fetch_add(size, Ordering::AcqRel) > 12 << 20 {
+                            over.store(true, Ordering::Release);
+                        }
+                    }
+                    sent
+                })
+            });
+            senders.map(|sender| sender.join().unwrap()).to_vec()
+        });
+        // A sixth of 12 MiB each. A thread that is not scheduled in time misses a turn or two.
+        let share = (12 << 20) / sizes.len() as u64;
+        for (sent, size) in sent.iter().zip(sizes) {
+            let missed = share.abs_diff(*sent);
+            assert!(missed <= share / 4 + largest, "{sent} in pieces of {size}");
+        }
+    }
+
     #[test]
     fn a_higher_rate_wakes_who_sleeps_at_a_low_one() {
         let pacer = Arc::new(Pacer::new(rate(1)));
-        pacer.pay(1 << 20, &UNCUT);
+        pacer.pay(&mut Account::default(), 1 << 20, &UNCUT);
         let (slept, done) = std::sync::mpsc::channel();
         let sleeper = std::thread::spawn({
             let pacer = Arc::clone(&pacer);
             move || {
-                pacer.pay(1, &UNCUT);
+                pacer.pay(&mut Account::default(), 1, &UNCUT);
                 slept.send(()).unwrap();
             }
         });
@@ -194,12 +252,12 @@ mod tests {
 
     #[test]
     fn unlimited_never_waits_and_closing_wakes() {
-        Pacer::new(Bandwidth::Unlimited).pay(u64::MAX, &UNCUT);
+        Pacer::new(Bandwidth::Unlimited).pay(&mut Account::default(), u64::MAX, &UNCUT);
         let pacer = Arc::new(Pacer::new(rate(1)));
-        pacer.pay(1 << 20, &UNCUT);
+        pacer.pay(&mut Account::default(), 1 << 20, &UNCUT);
         let sleeper = std::thread::spawn({
             let pacer = Arc::clone(&pacer);
-            move || pacer.pay(1, &UNCUT)
+            move || pacer.pay(&mut Account::default(), 1, &UNCUT)
         });
         pacer.close();
         sleeper.join().unwrap();
@@ -208,11 +266,11 @@ mod tests {
     #[test]
     fn a_sender_that_is_cut_sleeps_no_longer() {
         let pacer = Arc::new(Pacer::new(rate(1)));
-        pacer.pay(1 << 20, &UNCUT);
+        pacer.pay(&mut Account::default(), 1 << 20, &UNCUT);
         let cut = Arc::new(AtomicBool::new(false));
         let sleeper = std::thread::spawn({
             let (pacer, cut) = (Arc::clone(&pacer), Arc::clone(&cut));
-            move || pacer.pay(1, &cut)
+            move || pacer.pay(&mut Account::default(), 1, &cut)
         });
         cut.store(true, Ordering::Release);
         pacer.wake();

@@ -25,6 +25,7 @@ use crate::device_state::Inbox;
 use crate::greeting::{Arrival, MAX_GREETINGS, accept};
 use crate::job::Finished;
 use crate::journal::Journal;
+use crate::lanes::ahead::Ahead;
 use crate::lanes::receive::{Place, Receivers, ReceivingLane, Tally};
 use crate::send::{PARTING, VmSide, order_journal};
 use crate::vmm::{Ram, VmmError};
@@ -63,6 +64,7 @@ pub(crate) struct Driver {
     /// Where the lanes go that a source on this host passes.
     passed: mpsc::Sender<BoxedConnection>,
     receivers: Receivers,
+    ahead: Ahead,
     /// Lanes whose end is waited for.
     ending: JoinSet<()>,
     state: Inbox,
@@ -93,6 +95,7 @@ impl Driver {
         let (passed, passing) = mpsc::channel(MAX_GREETINGS);
         let accepting = accept(parts.acceptor, passing, greeted, parts.notices.clone());
         let (asking, asked) = mpsc::unbounded_channel();
+        let ahead = Ahead::new(&parts.ram, &facts);
         Ok(Self {
             machine: parts.machine,
             clock: parts.clock,
@@ -105,10 +108,12 @@ impl Driver {
             silence: parts.silence,
             control: None,
             place: Place {
+                front: Arc::clone(ahead.front()),
                 ram: parts.ram,
                 windows: None,
             },
             passed,
+            ahead,
             receivers: Receivers::default(),
             ending: JoinSet::new(),
             state: Inbox::default(),
@@ -182,6 +187,8 @@ impl Driver {
                 }
             }
             Action::Prepare => self.prepare(),
+            Action::Allocate(room) => self.ahead.allocate(&room),
+            Action::EndAllocating => self.ahead.close(),
             Action::BeginLoad => {
                 let mut reader = self.state.reader();
                 self.vm.order(Step::Load, move |vm| {
@@ -202,6 +209,7 @@ impl Driver {
                 });
             }
             Action::Quit => {
+                self.ahead.close();
                 // A load that waits for state would keep the VM thread for ever.
                 self.state.close("the migration was given up");
                 self.vm
@@ -250,14 +258,16 @@ impl Driver {
         });
     }
 
-    /// RAM is complete. Every lane has ended before the load begins: nothing that a source still sends
-    /// writes the RAM of a guest that is loaded, or runs.
+    /// RAM is complete. Every lane has ended before the load begins, and nobody allocates any more:
+    /// nothing that a source still sends writes the RAM of a guest that is loaded, or runs.
     fn release(&mut self, bytes: u64, crc: u32) {
         // The source's memory is the source's alone again.
         self.place.windows = None;
         let (mut receivers, state) = (std::mem::take(&mut self.receivers), self.state.clone());
+        let quiet = self.ahead.quiet();
         tokio::task::spawn_blocking(move || {
             receivers.join();
+            quiet();
             state.release(bytes, crc);
         });
     }
@@ -277,8 +287,10 @@ impl Driver {
         }
         let keeps_journal = matches!(outcome, Outcome::InDoubt { .. });
         let (mut receivers, vm, journal) = (self.receivers, self.vm, self.journal);
+        let ahead = self.ahead;
         let ended = tokio::task::spawn_blocking(move || {
             receivers.join();
+            ahead.join();
             drop(vm.finish());
             match journal.finish() {
                 Some(journal) if !keeps_journal => journal.remove(),

@@ -98,7 +98,9 @@ pub struct RamWindow {
 
 /// Guest RAM.
 ///
-/// Called from many threads at once; ranges that run at the same time never overlap. A range outside
+/// Called from many threads at once. Ranges that run at the same time never overlap between honest
+/// peers, those of `allocate` excepted; a hostile one may name a page twice at once, and then the page may
+/// hold anything, and nothing else may. A range outside
 /// [`Ram::layout`] is the engine's own fault, and an error.
 pub trait Ram: Send + Sync {
     /// The regions. Constant for the life of the value.
@@ -134,6 +136,15 @@ pub trait Ram: Send + Sync {
     ///
     /// Called once, before anything is written, while the guest cannot run.
     fn blank(&self) -> Result<(), VmmError>;
+
+    /// Target: makes room for `range` ahead of its pages. It reads as before, and a page that has room
+    /// already costs nothing. Where there is no room this is an error.
+    ///
+    /// Called for small pieces, after `blank` and before the device state is loaded, from threads that
+    /// give way to all others; also while the same range is being received, written or zeroed, of which
+    /// it must change nothing and hold nothing up. A range for which it was never called is placed all
+    /// the same.
+    fn allocate(&self, region: RegionIndex, range: PageRange) -> Result<(), VmmError>;
 
     /// Target: copies `from` into `range`, which is exactly as long.
     fn write(&self, region: RegionIndex, range: PageRange, from: &[u8]) -> Result<(), VmmError>;

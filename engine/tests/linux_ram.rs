@@ -54,7 +54,7 @@ fn places(range: PageRange) -> Range<usize> {
 fn populated(ram: &SharedRam) -> Vec<PageRange> {
     let mut found = Vec::new();
     ram.populated(REGION, PageRange::new(0, PAGES), &mut |range| {
-        found.push(range)
+        found.push(range);
     })
     .unwrap();
     found

@@ -173,7 +173,9 @@ fn loses_no_write(ram: &Ram) {
         tracker
             .collect(rearm, &mut |found| ranges.extend(found.written()))
             .unwrap();
-        ranges.iter().for_each(|(_, range)| read(*range));
+        for (_, range) in &ranges {
+            read(*range);
+        }
         ranges.iter().map(|(_, range)| range.count).sum::<u64>()
     };
     let mut refreshed = 0;

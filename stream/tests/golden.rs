@@ -72,6 +72,11 @@ fn offer() -> Offer {
 }
 
 fn messages() -> Vec<(&'static str, Message)> {
+    [hand_over(), lanes_and_pages(), endings()].concat()
+}
+
+/// From the greeting to the guest's new owner.
+fn hand_over() -> Vec<(&'static str, Message)> {
     vec![
         ("hello-migrate", hello(Purpose::Migrate, Some(offer()))),
         ("hello-lane", hello(Purpose::Lane(SECOND), None)),
@@ -124,6 +129,12 @@ fn messages() -> Vec<(&'static str, Message)> {
                 reason: "no write lock".into(),
             },
         ),
+    ]
+}
+
+/// Of lanes that die, and of pages.
+fn lanes_and_pages() -> Vec<(&'static str, Message)> {
+    vec![
         (
             "lane-lost",
             Message::LaneLost {
@@ -165,6 +176,12 @@ fn messages() -> Vec<(&'static str, Message)> {
                 ],
             },
         ),
+    ]
+}
+
+/// The rest.
+fn endings() -> Vec<(&'static str, Message)> {
+    vec![
         ("finished", Message::Finished),
         ("ping", Message::Ping),
         ("inquire", Message::Inquire),

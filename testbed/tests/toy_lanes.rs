@@ -1,7 +1,7 @@
 //! Page lanes that die, hang and corrupt, at any byte and at any moment: the move goes on over the
 //! others, and not a page is lost.
 
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -12,8 +12,9 @@ use ferry_engine::core::meter::Progress;
 use ferry_engine::core::outcome::in_full;
 use ferry_engine::core::source::LanePlan;
 use ferry_engine::job::{Job, TargetJob};
+use ferry_engine::{Bandwidth, Compression};
 use ferry_testbed::toy::{
-    At, Call, Ended, Fault, Model, Pair, Proxy, Recorded, Rule, Scope, Way, What,
+    At, Call, Ended, Fault, Model, Pair, Proxy, Recorded, Rule, Scope, Shape, Way, What,
 };
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -121,6 +122,50 @@ async fn ten_lanes_die_in_one_move() -> Outcomes {
     assert_moved(&pair, &ended);
     assert_eq!(ended.source.report.lanes_lost, DEATHS);
     assert_eq!(ended.source.report.lanes, 3);
+    Ok(())
+}
+
+/// Lanes among which a bandwidth is shared.
+const SHARING: u16 = 4;
+
+/// What the guest has: 16 MiB, which take a second at this bandwidth.
+const SHARED_PAGES: u64 = 4096;
+const SHARED_BYTES_PER_S: NonZeroU64 = NonZeroU64::new(16 << 20).unwrap();
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_share_a_bandwidth_evenly() -> Outcomes {
+    let shape = Shape {
+        name: "dimm0",
+        pages: 2 * SHARED_PAGES,
+        filled: SHARED_PAGES,
+        busy: 1,
+    };
+    let model = Model {
+        shapes: vec![shape],
+        rate_pages_per_s: 10,
+        ..Model::default()
+    };
+    let pair = Pair::new(&model)?;
+    let (target, address) = pair.listening().await?;
+    let target = target.start().await?;
+    let proxy = Proxy::start(address, vec![]).await?;
+    let source = pair
+        .sending_to(proxy.address())
+        .with_lanes(lanes(SHARING))
+        .with_compression(Compression::None)
+        .with_bandwidth(Bandwidth::BytesPerSecond(SHARED_BYTES_PER_S));
+    let ended = ends(source.start().await?, target).await;
+    assert_moved(&pair, &ended);
+    let recorded = proxy.recorded();
+    let sent: Vec<usize> = (1..=usize::from(SHARING))
+        .map(|lane| recorded[lane].to_target.len())
+        .collect();
+    // A quarter more or less: the lanes do not come at the same moment, and none splits a chunk.
+    let share = sent.iter().sum::<usize>() / sent.len();
+    for bytes in &sent {
+        assert!(share.abs_diff(*bytes) <= share / 4, "{sent:?}");
+    }
+    assert!(share >= 3 << 20, "{sent:?}");
     Ok(())
 }
 

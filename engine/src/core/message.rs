@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ferry_stream::message::{LaneId, Message, Round, Run, Verdict};
 
-use crate::core::layout::{PAGE_SIZE, PageNumber, RegionIndex};
+use crate::core::layout::{PAGE_SIZE, PageNumber, PageRange, RegionIndex};
 pub use crate::core::outcome::{Failure, GuestLeft, Notice, Outcome, Phase, Reason, Step};
 use crate::core::pageset::PageSet;
 use crate::vmm::{GuestEvent, Inventory, PauseFor, Rearm, RunState};
@@ -221,6 +221,8 @@ pub enum Input {
         /// How that showed.
         what: String,
     },
+    /// Source: these pages may hold something else than zeros. Comes before [`Input::Tracking`].
+    Populated(PageSet),
     /// Source: tracking is on, and every page that may hold something else than zeros was handed on.
     Tracking(HandedOn),
     /// Source: the device state can be saved.
@@ -441,6 +443,11 @@ pub enum Action {
     EndLane(LaneId),
     /// Target: look how much has come on each lane. Answered by [`Input::LanesSeen`].
     LookAtLanes,
+    /// Target: make room for these pages ahead of their coming, as far as nobody else wants the
+    /// processors. None is named twice. Not answered.
+    Allocate(Vec<(RegionIndex, PageRange)>),
+    /// Target: make no more room ahead.
+    EndAllocating,
     /// Target: get ready to load. Answered by [`Input::Prepared`].
     Prepare,
     /// Target: begin to load what comes early, and hold the rest back. Answered by

@@ -118,6 +118,29 @@ impl PageSet {
         PageRange::new(first, end - first)
     }
 
+    /// The runs of `range` that are not in it, in order. Pages that no region has are left out.
+    pub fn missing(
+        &self,
+        region: RegionIndex,
+        range: PageRange,
+    ) -> impl Iterator<Item = PageRange> + '_ {
+        let bits = self.bits(region);
+        let end = range.end().0.min(bits.map_or(0, |bits| bits.pages));
+        let mut at = range.first.0;
+        std::iter::from_fn(move || {
+            while at < end {
+                let next = bits?.next_run(at, u64::MAX);
+                let (there, past) = next.map_or((end, end), |run| (run.first.0, run.end().0));
+                let gap = PageRange::new(at, there.min(end) - at);
+                at = past;
+                if !gap.is_empty() {
+                    return Some(gap);
+                }
+            }
+            None
+        })
+    }
+
     /// Adds every page of `other`, a set over the same layout.
     pub fn union(&mut self, other: &Self) {
         for (region, range) in other.ranges() {
@@ -500,6 +523,31 @@ mod tests {
             assert_eq!(set.remove(region, range), Err(OutsideRam { region, range }));
         }
         assert!(set.is_empty());
+    }
+
+    #[test]
+    fn what_is_missing_is_what_is_not_there() {
+        let mut set = PageSet::empty(&layout());
+        let region = RegionIndex(1);
+        let pages = SIZES[1];
+        for first in [0, 70, 71, 100] {
+            set.insert(region, PageRange::new(first, 2)).unwrap();
+        }
+        for (first, count) in [(0, pages), (1, 70), (71, 2), (72, u64::MAX), (pages, 5)] {
+            let range = PageRange::new(first, count);
+            let missing: Vec<_> = set.missing(region, range).collect();
+            let apart = missing.windows(2).all(|pair| pair[0].end() < pair[1].first);
+            assert!(apart, "{missing:?}");
+            let told: Vec<u64> = missing
+                .iter()
+                .flat_map(|run| run.first.0..run.end().0)
+                .collect();
+            let expected: Vec<u64> = (first..first.saturating_add(count).min(pages))
+                .filter(|page| !set.contains(region, PageNumber(*page)))
+                .collect();
+            assert_eq!(told, expected, "{range}");
+        }
+        assert_eq!(set.missing(RegionIndex(9), PageRange::new(0, 1)).count(), 0);
     }
 
     #[test]

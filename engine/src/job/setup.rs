@@ -124,7 +124,7 @@ impl Migration {
             run_at_target: None,
             downtime_limit: DEFAULT_DOWNTIME_LIMIT,
             timeout: None,
-            features: Compression::default().features(),
+            features: offered(Compression::default()),
             lanes: LanePlan::Fixed(NonZeroU16::MIN),
             switchover_floor: DEFAULT_SWITCHOVER_FLOOR,
             limits: SourceLimits::default(),
@@ -207,7 +207,7 @@ impl SourceBuilder {
     #[must_use]
     pub fn with_compression(mut self, compression: Compression) -> Self {
         self.compression = compression;
-        self.config.features = compression.features();
+        self.config.features = offered(compression);
         self
     }
 
@@ -415,6 +415,11 @@ fn wanted(last: Option<&Entry>, now: RunState) -> RunState {
         }) => RunState::Running,
         _ => now,
     }
+}
+
+/// What a source is able to do, with pages packed in this way.
+fn offered(compression: Compression) -> Features {
+    compression.features().union(Features::AHEAD)
 }
 
 /// What is read of a VM before its thread is started.

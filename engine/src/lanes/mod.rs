@@ -1,6 +1,7 @@
 //! Page workers: a thread for each lane, which reads, encodes and sends, or receives, checks and
 //! places.
 
+pub(crate) mod ahead;
 pub(crate) mod bases;
 mod deltas;
 pub(crate) mod encode;

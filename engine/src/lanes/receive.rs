@@ -13,6 +13,7 @@ use ferry_stream::message::LaneId;
 use ferry_stream::pages::delta::{self, Applied};
 use ferry_stream::pages::{Encoding, Record};
 
+use super::ahead::Front;
 use super::{PanicWatch, is_death};
 use crate::core::layout::{PAGE_SIZE, PageNumber, PageRange, RegionIndex};
 use crate::core::message::{Failure, Input, LaneSeen, Step};
@@ -26,6 +27,8 @@ pub(crate) struct Place {
     pub(crate) ram: Arc<dyn Ram>,
     /// The RAM of a source on this host, once both sides have agreed on that.
     pub(crate) windows: Option<Arc<[RamWindow]>>,
+    /// How far the pages are that have come, for those who make room for others.
+    pub(crate) front: Arc<Front>,
 }
 
 /// The receiving lanes of a migration.
@@ -285,7 +288,10 @@ impl Placer {
             return Err(PlaceError::OutsideRam { region, range });
         }
         match record.encoding {
-            Encoding::Raw => Ok(self.place.ram.receive(region, range, data, hasher)?),
+            Encoding::Raw => {
+                self.place.front.pass(region, range);
+                Ok(self.place.ram.receive(region, range, data, hasher)?)
+            }
             Encoding::Zero => {
                 self.place.ram.zero(region, range)?;
                 Ok(hasher)
@@ -294,6 +300,7 @@ impl Placer {
                 let windows = self.place.windows.as_deref().unwrap_or_default();
                 let window = windows.get(usize::from(region.0));
                 let window = window.ok_or(PlaceError::NotShared { region, range })?;
+                self.place.front.pass(region, range);
                 self.place.ram.fetch(region, range, window)?;
                 Ok(hasher)
             }

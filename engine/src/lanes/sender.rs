@@ -19,6 +19,7 @@ use super::{PanicWatch, is_death};
 use crate::core::layout::{PAGE_SIZE, PageRange};
 use crate::core::message::{Failure, Input, Pace, Rewritten, Step, ZeroPages};
 use crate::core::outcome::in_full;
+use crate::pacer::Account;
 use crate::vmm::VmmError;
 
 /// Why a lane's thread ends.
@@ -49,6 +50,8 @@ pub(super) struct Sender {
     log: Log,
     looks: Looks,
     differ: Differ,
+    /// What it has sent under a limit.
+    account: Account,
     /// Set when this side ends the lane: that it ends is no news then.
     cut: Arc<AtomicBool>,
 }
@@ -69,6 +72,7 @@ impl Sender {
             differ: Differ::new(Arc::clone(&outfit.bases)),
             outfit,
             log: Log::default(),
+            account: Account::default(),
             cut,
         }
     }
@@ -152,9 +156,10 @@ impl Sender {
 
     /// Pays for what leaves, and for shared pages as if they did: whoever asks for a limit wants the
     /// host to have rest, and the frame that tells of them is next to nothing.
-    fn pay(&self, dealt: Dealt) {
+    fn pay(&mut self, dealt: Dealt) {
         let bytes = self.frame.wire_bytes() + dealt.shared * PAGE_SIZE as u64;
-        let waited = self.outfit.pacer.pay(bytes, &self.cut);
+        let pacer = &self.outfit.pacer;
+        let waited = pacer.pay(&mut self.account, bytes, &self.cut);
         if !waited.is_zero() {
             let nanos = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
             let counters = &self.outfit.counters;

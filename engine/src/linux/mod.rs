@@ -13,6 +13,7 @@
 //! | [`ram_file`], [`mapping`] | the file behind its guest RAM, opened through its own descriptors |
 //! | [`tracker`], [`shared_ram`] | the two put together as [`Tracker`](crate::vmm::Tracker) and [`Ram`](crate::vmm::Ram) |
 //! | [`passing`] | descriptors that go from process to process |
+//! | [`priority`] | threads that give way to all others |
 //! | [`socket`] | how much of what was written to a socket is still queued |
 //! | [`preflight`] | whether any of it will work, and what to do if not |
 
@@ -20,10 +21,12 @@ pub mod error;
 pub mod inject;
 pub mod mapping;
 pub mod maps;
+mod page_bits;
 pub mod pagemap;
 pub mod passing;
 pub mod pidfd;
 pub mod preflight;
+pub mod priority;
 pub mod ram_file;
 pub mod shared_ram;
 pub mod socket;

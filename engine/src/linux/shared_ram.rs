@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use std::thread;
 
 use super::mapping::GuestMapping;
+use super::page_bits::Claim;
 use super::{Access, RamFile};
 use crate::core::layout::{Layout, LayoutError, PAGE_SIZE, PageRange, Region, RegionIndex};
 use crate::vmm::{Ram, RamWindow, VmmError};
@@ -185,8 +186,15 @@ impl Ram for SharedRam {
         Ok(())
     }
 
+    fn allocate(&self, region: RegionIndex, range: PageRange) -> Result<(), VmmError> {
+        let (backing, bytes) = self.place(region, range, None)?;
+        let outcome = backing.allocate(&bytes);
+        outcome.map_err(|error| backing.failure("allocating", error))
+    }
+
     fn write(&self, region: RegionIndex, range: PageRange, from: &[u8]) -> Result<(), VmmError> {
         let (backing, bytes) = self.place(region, range, Some(from.len()))?;
+        let _claim = backing.claim(&bytes)?;
         let outcome = backing.write(bytes.start, from);
         outcome.map_err(|error| backing.failure("writing", error))
     }
@@ -200,9 +208,9 @@ impl Ram for SharedRam {
     ) -> Result<crc32fast::Hasher, VmmError> {
         let (backing, bytes) = self.place(region, range, None)?;
         let mut hasher = seed;
-        if let Some(mapping) = backing.present_at(&bytes) {
-            let within = bytes.start - backing.bytes.start..bytes.end - backing.bytes.start;
-            let outcome = mapping.receive(within, from, &mut hasher);
+        let mut claim = backing.claim(&bytes)?;
+        if let (Some(mapping), Some(claim)) = (backing.present_at(&bytes), &mut claim) {
+            let outcome = mapping.receive(claim, from, &mut hasher);
             return outcome
                 .map(|()| hasher)
                 .map_err(|error| VmmError::io("reading pages", error));
@@ -234,8 +242,9 @@ impl Ram for SharedRam {
             });
         }
         let from = window.bytes.start + within.start;
-        if let Some(mapping) = backing.present_at(&bytes) {
-            let outcome = mapping.fetch(within, &window.file, from);
+        let mut claim = backing.claim(&bytes)?;
+        if let (Some(mapping), Some(claim)) = (backing.present_at(&bytes), &mut claim) {
+            let outcome = mapping.fetch(claim, &window.file, from);
             return outcome.map_err(|error| backing.failure("fetching", error));
         }
         let outcome = backing.fetch(bytes, window, from);
@@ -244,6 +253,7 @@ impl Ram for SharedRam {
 
     fn zero(&self, region: RegionIndex, range: PageRange) -> Result<(), VmmError> {
         let (backing, bytes) = self.place(region, range, None)?;
+        let _claim = backing.claim(&bytes)?;
         let outcome = backing.blank(bytes);
         outcome.map_err(|error| backing.failure("clearing", error))
     }
@@ -274,13 +284,48 @@ impl Backing {
         }
     }
 
+    /// Where bytes of the file are in the mapping.
+    fn within(&self, bytes: &Range<u64>) -> Range<u64> {
+        bytes.start - self.bytes.start..bytes.end - self.bytes.start
+    }
+
+    /// Takes pages that are to be written, at the target; nobody writes without the mapping.
+    fn claim(&self, bytes: &Range<u64>) -> Result<Option<Claim<'_>>, VmmError> {
+        let Some(mapping) = &self.mapping else {
+            return Ok(None);
+        };
+        let claim = mapping.claim(self.within(bytes));
+        claim.map(Some).map_err(|error| {
+            let name = &self.name;
+            VmmError::io(
+                format!("pages of RAM region {name:?} come twice at once"),
+                error,
+            )
+        })
+    }
+
     /// The mapping, when it has all of `bytes` present.
     fn present_at(&self, bytes: &Range<u64>) -> Option<&GuestMapping> {
+        let mapping = self.mapping.as_ref()?;
+        if mapping.is_present_ahead(&self.within(bytes)) {
+            return Some(mapping);
+        }
         let extents = self.present.get()?;
         let next = extents.partition_point(|extent| extent.end <= bytes.start);
         let extent = extents.get(next)?;
         let whole = extent.start <= bytes.start && bytes.end <= extent.end;
-        self.mapping.as_ref().filter(|_| whole)
+        Some(mapping).filter(|_| whole)
+    }
+
+    /// Makes room for pages, through the mapping: page faults do not lock the file as writing and
+    /// `fallocate` do, so that those who do this hold up nobody who places pages, not even when they are
+    /// preempted in the middle of it.
+    fn allocate(&self, bytes: &Range<u64>) -> io::Result<()> {
+        let mapping = self.mapping.as_ref();
+        match mapping.filter(|_| self.present_at(bytes).is_none()) {
+            Some(mapping) => mapping.make_present_ahead(&self.within(bytes)),
+            None => Ok(()),
+        }
     }
 
     /// Makes all of it read as zeros, like [`Backing::blank`].
@@ -305,10 +350,9 @@ impl Backing {
         })?;
         for extent in &extents {
             in_pieces(extent, |piece| {
-                let start = self.bytes.start;
-                let within = piece.start - start..piece.end - start;
+                let within = self.within(&piece);
                 mapping.make_present(within.clone())?;
-                mapping.clear(within)
+                mapping.clear(&mut mapping.claim(within)?)
             })?;
         }
         Ok(extents)

@@ -17,8 +17,11 @@ impl Driver {
     pub(super) fn start_tracking(&mut self, into: PageSet) {
         self.scanned = Arc::new(Feed::open());
         let (feed, fresh) = (Arc::clone(&self.scanned), Arc::clone(&self.outfit.fresh));
+        let facts = self.facts.clone();
         self.tracker.order(Step::StartTracking, move |side| {
-            start(side, &feed, &fresh, into)
+            let populated = start(side, &feed, &fresh, into)?;
+            facts.tell(Input::Populated(populated));
+            Ok::<_, VmmError>(Input::Tracking(feed.close()))
         });
     }
 
@@ -35,17 +38,18 @@ impl Driver {
     }
 }
 
-/// An error leaves the feed open: nobody takes the round for complete, and the lanes that wait are cut
+/// Tells what holds something. An error leaves the feed open: nobody takes the round for complete, and the lanes that wait are cut
 /// with all others.
 fn start(
     side: &mut TrackSide,
     feed: &Feed,
     fresh: &OnceLock<Arc<dyn Fresh>>,
     into: PageSet,
-) -> Result<Input, VmmError> {
+) -> Result<PageSet, VmmError> {
     let mut populated = Populated {
         ram: &*side.ram,
         unwatched: PageSet::full(side.ram.layout()),
+        all: into.clone(),
         known: into,
         feed,
     };
@@ -56,10 +60,10 @@ fn start(
         }
     })?;
     trouble?;
-    populated.all_watched()?;
+    let populated = populated.all_watched()?;
     // Tracking begins once: nobody has set it before.
     drop(fresh.set(side.tracker.fresh()?));
-    Ok(Input::Tracking(feed.close()))
+    Ok(populated)
 }
 
 /// Looks for what guest RAM holds, once it is watched.
@@ -70,6 +74,8 @@ struct Populated<'a> {
     /// What is known to hold something and was not handed on. That goes beyond what is watched: to
     /// find where data ends may mean to look at all of it.
     known: PageSet,
+    /// What was ever known to hold something.
+    all: PageSet,
     feed: &'a Feed,
 }
 
@@ -92,7 +98,9 @@ impl Populated<'_> {
         if !unknown.is_empty() {
             let mut outside = None;
             self.ram.populated(region, unknown, &mut |run| {
-                outside = self.known.insert(region, run).err().or(outside);
+                let noted = self.known.insert(region, run);
+                let noted = noted.and_then(|_| self.all.insert(region, run));
+                outside = noted.err().or(outside);
             })?;
             outside.map_or(Ok(()), |outside| Err(failed(outside)))?;
         }
@@ -102,10 +110,11 @@ impl Populated<'_> {
     }
 
     /// All guest RAM is watched, told or not.
-    fn all_watched(mut self) -> Result<(), VmmError> {
+    fn all_watched(mut self) -> Result<PageSet, VmmError> {
         let left: Vec<_> = self.unwatched.ranges().collect();
         left.into_iter()
-            .try_for_each(|(region, range)| self.hand_on(region, range))
+            .try_for_each(|(region, range)| self.hand_on(region, range))?;
+        Ok(self.all)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ferry_engine::core::layout::RegionIndex;
+use ferry_engine::core::layout::{PageRange, RegionIndex};
 use ferry_engine::core::message::{Outcome, Phase, Reason, Record};
 use ferry_engine::vmm::RunState;
 use ferry_stream::message::Verdict;
@@ -109,6 +109,17 @@ pub enum Violation {
     /// Pages of the last round may be told as deltas.
     #[error("there may be deltas in the last round")]
     DeltasInTheLastRound,
+    /// Room was ordered for what is no guest RAM, or has room, or too late.
+    #[error("room was ordered for {range} of {region}")]
+    WildRoom {
+        /// The region.
+        region: RegionIndex,
+        /// The pages.
+        range: PageRange,
+    },
+    /// The guest is loaded while room for its pages is still being made.
+    #[error("the load began while room for pages was being made")]
+    RoomInLoad,
     /// A page was written into a guest that runs.
     #[error("a page was placed after the guest had run")]
     PlacedAfterRun,

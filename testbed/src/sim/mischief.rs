@@ -5,7 +5,7 @@ use std::time::Duration;
 use ferry_engine::core::message::{Input, Inquirer, Reason};
 use ferry_engine::vmm::GuestEvent;
 use ferry_stream::message::{
-    AbortCode, Features, LaneId, LaneIndex, Message, Round, Verdict, Versions, Welcome,
+    AbortCode, DataRun, Features, LaneId, LaneIndex, Message, Round, Verdict, Versions, Welcome,
 };
 
 use super::event::Event;
@@ -81,6 +81,14 @@ impl World {
             state_crc: 0,
         };
         let lane = LaneId::first(LaneIndex(1));
+        // Beyond every region, or not agreed on.
+        let ahead = Message::Ahead {
+            region: u16::try_from(self.rng.below(4)).unwrap_or(0),
+            runs: vec![DataRun {
+                first: self.rng.below(80),
+                count: 1 << self.rng.below(50),
+            }],
+        };
         let mismatch = Message::Mismatch {
             lane,
             round,
@@ -103,6 +111,7 @@ impl World {
                     pages,
                 },
             ],
+            Side::Target if self.rng.percent(50) => [complete, ahead.clone(), ahead],
             Side::Target => [complete, Message::Ready { load_us: 0 }, Message::Paused],
         };
         self.rng.pick(&[&both[..], &one].concat())

@@ -239,7 +239,7 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
         downtime_limit: rng.micros(1..=4000),
         timeout: rng.percent(30).then(|| rng.micros(100..=50_000)),
         lanes: lanes(rng),
-        features: rng.pick(&[Features::DELTA, Features::DELTA, Features::NONE]),
+        features: features(rng),
         switchover_floor: rng.micros(1..=1000),
         limits: SourceLimits {
             greeting: ms(20),
@@ -257,6 +257,12 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
             settling: rng.micros(0..=2000),
         },
     }
+}
+
+/// Each of them at least as often as not.
+fn features(rng: &mut Rng) -> Features {
+    let deltas = rng.pick(&[Features::DELTA, Features::DELTA, Features::NONE]);
+    deltas.union(rng.pick(&[Features::NONE, Features::AHEAD]))
 }
 
 fn lanes(rng: &mut Rng) -> LanePlan {

@@ -103,6 +103,20 @@ impl World {
         self.hand_on(&populated);
     }
 
+    /// What holds data at the source.
+    pub(super) fn populated(&self) -> PageSet {
+        let ram = &self.at(Side::Source).vm.ram;
+        let mut populated = PageSet::empty(&self.inventory.layout);
+        for (index, region) in self.inventory.layout.iter() {
+            for page in 0..region.pages() {
+                if ram.page(index, page) != Content::ZERO {
+                    add(&mut populated, index, page);
+                }
+            }
+        }
+        populated
+    }
+
     fn watch_what_was_read(&mut self) {
         let layout = self.inventory.layout.clone();
         for (index, region) in layout.iter() {

@@ -120,7 +120,11 @@ impl World {
                 self.end(HERE).vm.die();
                 Input::Retired
             }
-            Job::StartTracking => Input::Tracking(self.end_scan(&job)),
+            Job::StartTracking => {
+                let handed_on = self.end_scan(&job);
+                self.report(HERE, thread, Input::Populated(self.populated()));
+                Input::Tracking(handed_on)
+            }
             Job::Scan(..) => Input::Scanned(self.end_scan(&job)),
             Job::Collect(_) => self.collected(),
             Job::StopTracking => {

@@ -1,5 +1,6 @@
 //! The target's driver: carries out orders on the simulated VM and journal.
 
+use ferry_engine::core::layout::{PageRange, RegionIndex};
 use ferry_engine::core::message::{Action, Failure, Input, MayHaveRun, Outcome, Record, Step};
 use ferry_stream::message::{Message, Run};
 
@@ -19,8 +20,13 @@ impl World {
         match action {
             Action::Send(message) => self.target_says(message)?,
             Action::Prepare => self.order(HERE, Job::Prepare),
+            Action::Allocate(room) => self.make_room(&room)?,
+            Action::EndAllocating => self.room.in_the_making = false,
             Action::BeginLoad => self.order(HERE, Job::Load),
             Action::ReleaseLoad { bytes, crc } => {
+                if self.room.in_the_making {
+                    return Err(Violation::RoomInLoad);
+                }
                 self.load_released = Some((bytes, crc));
                 self.unpark();
             }
@@ -67,6 +73,23 @@ impl World {
         } else {
             Err(Violation::SaidBeforeWritten { said, journal })
         }
+    }
+
+    /// Room is made for pages of guest RAM, each once, and only as long as the guest is not loaded. Now
+    /// and then there is none.
+    fn make_room(&mut self, room: &[(RegionIndex, PageRange)]) -> Result<(), Violation> {
+        self.room.in_the_making = true;
+        for &(region, range) in room {
+            let new = self.room.pages.insert(region, range);
+            let fits = new == Ok(range.count) && !range.is_empty();
+            if !fits || self.load_released.is_some() {
+                return Err(Violation::WildRoom { region, range });
+            }
+        }
+        if self.fails() {
+            self.failed(HERE, Thread::Lanes, Step::Pages);
+        }
+        Ok(())
     }
 
     pub(super) fn load_can_end(&self) -> bool {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ferry_engine::core::layout::{Layout, PageRange, RegionIndex};
 use ferry_engine::core::message::{Action, Input, LaneTotals, Moment};
+use ferry_engine::core::pageset::PageSet;
 use ferry_engine::core::source::Source;
 use ferry_engine::core::target::Target;
 use ferry_engine::vmm::{Inventory, RunState};
@@ -55,6 +56,7 @@ pub(super) struct World {
     pub(super) parts: VecDeque<(RegionIndex, PageRange)>,
     pub(super) totals: LaneTotals,
     pub(super) state_at_target: Option<u64>,
+    pub(super) room: Room,
     pub(super) load_released: Option<(u64, u32)>,
     pub(super) asking: Option<u64>,
     pub(super) asked: u64,
@@ -64,6 +66,12 @@ pub(super) struct World {
     writes_at_target: u64,
     waiting: Vec<(When, Mischief)>,
     trace: Option<Vec<String>>,
+}
+
+/// Room at the target that was ordered ahead of pages.
+pub(super) struct Room {
+    pub(super) pages: PageSet,
+    pub(super) in_the_making: bool,
 }
 
 /// Whether a world writes down what happens.
@@ -112,6 +120,10 @@ impl World {
             parts: VecDeque::new(),
             totals: LaneTotals::default(),
             state_at_target: None,
+            room: Room {
+                pages: PageSet::empty(&layout),
+                in_the_making: false,
+            },
             load_released: None,
             asking: None,
             asked: 0,

@@ -14,6 +14,7 @@ pub enum Call {
     Read,
     Populated,
     Blank,
+    Allocate,
     Write,
     Receive,
     Fetch,

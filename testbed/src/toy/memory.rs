@@ -7,8 +7,9 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use ferry_engine::core::layout::{Layout, PAGE_SIZE, PageRange, Region, RegionIndex};
+use ferry_engine::core::layout::{Layout, PAGE_SIZE, PageRange, RegionIndex};
 use ferry_engine::vmm::{Found, Fresh, Ram, RamWindow, Rearm, Tracker, VmmError};
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek64};
 
@@ -134,6 +135,15 @@ impl Ram for Memory {
                 .map_err(|error| VmmError::io("blanking guest RAM", error))?;
         }
         Ok(())
+    }
+
+    fn allocate(&self, region: RegionIndex, range: PageRange) -> Result<(), VmmError> {
+        self.faults.hit(Call::Allocate)?;
+        let file = self.file(region, range)?;
+        let bytes = [range.first.byte_offset(), range.byte_len()];
+        let [start, length] = bytes.map(|number| i64::try_from(number).unwrap_or(i64::MAX));
+        fallocate(file, FallocateFlags::empty(), start, length)
+            .map_err(|errno| VmmError::io("allocating guest RAM", errno.into()))
     }
 
     fn write(&self, region: RegionIndex, range: PageRange, from: &[u8]) -> Result<(), VmmError> {

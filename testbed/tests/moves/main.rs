@@ -5,6 +5,7 @@
 
 mod pair;
 
+mod ahead;
 mod caches;
 mod compression;
 mod deltas;

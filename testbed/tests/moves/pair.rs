@@ -281,19 +281,21 @@ impl Move<'_> {
 
     /// Waits until progress tells of this percentage; beyond 98 it is a later round than the first.
     pub(crate) fn wait_for_percent(&self, percent: u32) {
-        let told = || {
-            let told = self.migrate.told();
-            let lines = told
-                .lines()
-                .filter_map(|line| line.strip_prefix("Migration: ["));
-            lines
-                .filter_map(|rest| rest.split('%').next()?.trim().parse::<u32>().ok())
-                .max()
-        };
         wait_until("progress", BOUND, || {
-            (told() >= Some(percent)).then_some(())
+            (self.percent() >= Some(percent)).then_some(())
         })
         .unwrap_or_else(|error| panic!("{error}: {}", self.migrate.told()));
+    }
+
+    /// The highest percentage that progress has told of.
+    pub(crate) fn percent(&self) -> Option<u32> {
+        let told = self.migrate.told();
+        let lines = told
+            .lines()
+            .filter_map(|line| line.strip_prefix("Migration: ["));
+        lines
+            .filter_map(|rest| rest.split('%').next()?.trim().parse::<u32>().ok())
+            .max()
     }
 
     /// Interrupts the source's command.

@@ -38,6 +38,10 @@ impl Shared {
                 let place = (RegionIndex(region), PageNumber(page));
                 self.mismatched(state, lane, round, place)
             }
+            Input::Populated(pages) => {
+                self.tell_ahead(&pages);
+                state
+            }
             Input::LaneSent {
                 lane,
                 round,

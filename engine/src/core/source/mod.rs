@@ -15,6 +15,7 @@
 //! Every state is a struct, consumed by its handler, which returns the next. Trouble of any kind is
 //! one input to a state: what it leads to depends only on whether the guest was given away.
 
+mod ahead;
 #[cfg(test)]
 mod bench;
 mod config;

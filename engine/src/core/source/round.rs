@@ -12,6 +12,7 @@ use crate::core::pageset::PageSet;
 use crate::vmm::Rearm;
 
 /// How the next round is sent.
+#[derive(Clone, Copy)]
 struct Manner {
     rewritten: Rewritten,
     deltas: Deltas,

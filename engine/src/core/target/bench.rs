@@ -110,6 +110,13 @@ pub(super) fn word(action: &Action) -> String {
         Action::Send(message) => format!("send {}", message.name()),
         Action::Journal(record) => format!("journal {record:?}"),
         Action::Answer { to, verdict } => format!("answer {}: {verdict:?}", to.0),
+        Action::Allocate(room) => {
+            let room: Vec<_> = room
+                .iter()
+                .map(|(region, range)| (region.0, range.first.0, range.count))
+                .collect();
+            format!("allocate {room:?}")
+        }
         Action::ReleaseLoad { .. } => "ReleaseLoad".to_owned(),
         Action::Tell(_) => "tell".to_owned(),
         Action::Finish(Outcome::Moved) => "finish moved".to_owned(),

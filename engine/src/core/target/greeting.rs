@@ -8,12 +8,13 @@ use super::{Shared, State};
 use crate::core::layout::{Layout, Region};
 use crate::core::message::{Action, GuestLeft, Outcome, Phase, Reason, Record};
 
-/// What page frames a target takes. [`Features::NEAR`] is not in a hello that comes here unless the
+/// What a target is able to take. [`Features::NEAR`] is not in a hello that comes here unless the
 /// source's RAM is at hand.
 const FEATURES: Features = Features::LZ4
     .union(Features::ZSTD)
     .union(Features::DELTA)
-    .union(Features::NEAR);
+    .union(Features::NEAR)
+    .union(Features::AHEAD);
 
 impl Shared {
     pub(super) fn greet(&mut self, hello: Hello) -> State {
@@ -21,6 +22,7 @@ impl Shared {
         match self.agree(hello) {
             Ok(welcome) => {
                 self.session = Some(session);
+                self.features = welcome.features;
                 self.lanes = Lanes::none_of(welcome.lanes);
                 self.send(Message::Welcome(welcome));
                 self.journal(Record::Receiving);

@@ -12,6 +12,7 @@
 //! A target that refuses writes so before anybody is told, and that voids a Go still on its way. It
 //! lingers for a while to answer a source that lost the link after it had said Go.
 
+mod ahead;
 #[cfg(test)]
 mod bench;
 mod ending;
@@ -27,7 +28,7 @@ use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
-use ferry_stream::message::{LaneId, Message, Run, SessionId};
+use ferry_stream::message::{Features, LaneId, Message, Run, SessionId};
 
 use self::ending::{Parting, Refusing, Returning, Taken, Taking};
 use self::lanes::Lanes;
@@ -36,6 +37,7 @@ use crate::core::message::{
     Action, Command, Failure, Input, Inquirer, MayHaveRun, Moment, Notice, Outcome, Phase, Reason,
     Record, Step,
 };
+use crate::core::pageset::PageSet;
 use crate::vmm::{GuestEvent, Inventory};
 
 /// What a target is told beforehand.
@@ -111,8 +113,12 @@ struct Shared {
     config: TargetConfig,
     inventory: Inventory,
     session: Option<SessionId>,
+    /// What both sides are able to do.
+    features: Features,
     lanes: Lanes,
     mismatches: Mismatches,
+    /// For which pages room was ordered ahead; none before the first hint, and after the first round.
+    hinted: Option<PageSet>,
     actions: VecDeque<Action>,
     /// Records that are being written, in order: a failure does not say which one it is.
     journaling: VecDeque<Record>,
@@ -136,8 +142,10 @@ impl Target {
             config,
             inventory,
             session: None,
+            features: Features::NONE,
             lanes: Lanes::default(),
             mismatches: Mismatches::default(),
+            hinted: None,
             actions: VecDeque::new(),
             journaling: VecDeque::new(),
             inquirers: Vec::new(),
@@ -301,6 +309,7 @@ impl Shared {
                 state.trouble(self, Reason::LinkLost { what })
             }
             Input::Received(Message::Fence(lane)) => self.fence(state, lane),
+            Input::Received(Message::Ahead { region, runs }) => self.hinted(state, region, runs),
             Input::LaneLost { lane, what } => self.lane_lost(state, lane, what),
             Input::Mismatched {
                 lane,

@@ -90,6 +90,7 @@ impl Receiving {
     fn advance(self, shared: &mut Shared) -> State {
         if let Some((round, pages)) = shared.lanes.finish_round() {
             shared.send(Message::RoundDone { round, pages });
+            shared.end_allocating();
         }
         shared.watch_lanes();
         self.load_when_complete(shared)

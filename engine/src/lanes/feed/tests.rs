@@ -37,6 +37,7 @@ fn order(feed: Feed) -> Arc<RoundOrder> {
         feed: Arc::new(feed),
         zeros: ZeroPages::Tell,
         rewritten: Rewritten::Send,
+        deltas: Deltas::Off,
         pace: Pace::Limited,
     })
 }
