@@ -7,9 +7,11 @@ use ferry_stream::link::{Connector, Lane};
 use ferry_stream::message::{
     Features, Hello, LaneId, Message, Purpose, SessionId, Verdict, Versions,
 };
+use tokio::time::timeout;
 
 use crate::control::BoxedConnection;
 use crate::core::outcome::in_full;
+use crate::near;
 use crate::near::lender::Lender;
 
 /// Opens a page lane and greets on it: through the back door of a target on this host, or else as to
@@ -21,7 +23,10 @@ pub(crate) async fn open_lane(
     id: LaneId,
 ) -> Result<Box<dyn Lane>, ferry_stream::Error> {
     if let Some(lender) = lender {
-        match greet_lane(lender.lane().await, session, id).await {
+        let passed = async { greet_lane(lender.lane().await, session, id).await };
+        // Whoever hangs there leaves time for the other way.
+        let greeted = timeout(near::LIMIT, passed).await;
+        match greeted.unwrap_or_else(|elapsed| Err(io::Error::from(elapsed).into())) {
             Ok(lane) => return Ok(lane),
             Err(error) => tracing::debug!(error = in_full(&error), %id, "no lane within the host"),
         }

@@ -28,7 +28,7 @@ use tokio::net::UnixStream;
 
 /// How long the files may take to change hands. Nothing here leaves the host, and somebody waits for a
 /// welcome meanwhile.
-const LIMIT: Duration = Duration::from_secs(1);
+pub(crate) const LIMIT: Duration = Duration::from_secs(1);
 
 /// What a message of the back door that carries a lane says.
 const LANE: u8 = 1;

@@ -115,7 +115,10 @@ impl Pacer {
             (bucket, _) = woken.unwrap_or_else(PoisonError::into_inner);
             waited = began.elapsed();
         }
-        bucket.pay(bytes);
+        // One that was cut sends nothing any more.
+        if !cut.load(Ordering::Acquire) {
+            bucket.pay(bytes);
+        }
         bucket.turns.leave(turn);
         self.changed.notify_all();
         waited

@@ -33,7 +33,7 @@ use crate::job::{Finished, Retire};
 use crate::journal::{Journal, JournalError};
 use crate::lanes::encode::Encoder;
 use crate::lanes::feed::Feed;
-use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders};
+use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders, chunk_pages};
 use crate::near::lender::Lender;
 use crate::pacer::Pacer;
 use crate::vmm::{DeviceState, Guest, Ram, Tracker, VmmError};
@@ -175,7 +175,7 @@ impl Driver {
             lender: parts.lender.map(Arc::new),
             control,
             senders: Arc::default(),
-            scanned: Arc::new(Feed::open()),
+            scanned: Arc::new(Feed::open(1)),
             outfit,
             sink: SinkWatch::default(),
             ticks: ticks(),
@@ -281,7 +281,7 @@ impl Driver {
             } => self.copy(RoundOrder {
                 round,
                 feed: match pages {
-                    Pages::Known(pages) => Arc::new(Feed::of(pages)),
+                    Pages::Known(pages) => Arc::new(Feed::of(pages, self.chunk_pages())),
                     Pages::Scanned => Arc::clone(&self.scanned),
                 },
                 zeros,
@@ -293,6 +293,7 @@ impl Driver {
                 self.flusher
                     .order(Step::Flush, |flush| flush().map(|()| Input::Flushed));
             }
+            Action::Unpace => self.outfit.pacer.close(),
             Action::Pause(why) => self.pause(why),
             Action::Inventory => self.inventory(),
             Action::Save => self.save(),
@@ -317,6 +318,11 @@ impl Driver {
             self.outfit.bases.forget();
         }
         lock(&self.senders).copy(order);
+    }
+
+    /// Pages that lanes take at a time now.
+    fn chunk_pages(&self) -> u32 {
+        chunk_pages(self.outfit.pacer.limit(), lock(&self.senders).joined())
     }
 
     /// Asks the target over a connection of its own, which is fenced by the session alone.

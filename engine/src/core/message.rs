@@ -435,6 +435,8 @@ pub enum Action {
     /// Source: the guest has moved: end the VMM, or leave it stopped. Answered by
     /// [`Input::Retired`].
     Retire,
+    /// Source: whatever is sent from now on waits for no bandwidth limit: the guest stands.
+    Unpace,
     /// Source: end tracking. Answered by [`Input::TrackingStopped`].
     StopTracking,
     /// Close every page lane.

@@ -28,10 +28,9 @@ use std::{io, thread};
 
 use super::PanicWatch;
 use crate::core::layout::{PageRange, RegionIndex};
-use crate::core::message::{Failure, Input, Step};
 use crate::core::pageset::{Cursor, PageSet};
 use crate::linux::priority::give_way;
-use crate::vmm::{Ram, VmmError};
+use crate::vmm::Ram;
 use crate::worker::Facts;
 
 /// Most threads. Beyond a few they wait for each other in the kernel's page allocator.
@@ -133,8 +132,7 @@ impl Ahead {
         if self.threads.is_empty()
             && let Err(error) = self.start()
         {
-            let failure = Failure::new(Step::Pages, VmmError::io("starting a thread", error));
-            self.shared.facts.tell(Input::Failed(failure));
+            tracing::debug!(%error, "no thread makes room ahead");
         }
     }
 
@@ -208,11 +206,10 @@ impl Shared {
         }
         while let Some((region, piece, _busy)) = self.next() {
             if let Err(error) = self.ram.allocate(region, piece) {
-                // Of one place without room there may be many.
-                if !std::mem::replace(&mut self.lock().closed, true) {
-                    let failure = Failure::new(Step::Pages, error);
-                    self.facts.tell(Input::Failed(failure));
-                }
+                // A hint may cover pages that turn out to be zeros. Where room is really lacking the
+                // lanes will say so.
+                tracing::debug!(%error, "no more room is made ahead");
+                self.lock().closed = true;
             }
         }
     }

@@ -1,5 +1,6 @@
 //! Packing page frames on their way to the link, as [`Chooser`] says.
 
+use std::mem;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -181,12 +182,13 @@ impl Encoder {
             .returned
             .wait_while(lock(&self.packers), |packers| packers.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
-        // One that panics with its packer ends the migration, and everybody's wait with it.
-        let mut packer = packers.pop().unwrap_or_default();
+        let packer = packers.pop().unwrap_or_default();
         drop(packers);
-        work(&mut packer);
-        lock(&self.packers).push(packer);
-        self.returned.notify_one();
+        let mut taken = Taken {
+            packer,
+            encoder: self,
+        };
+        work(&mut taken.packer);
     }
 
     fn try_pack(&self, packer: &mut Packer, effort: Effort, frame: &mut PageFrame) -> bool {
@@ -242,6 +244,20 @@ impl Encoder {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A packer at work. Comes back also from a lane that panics with it: others would wait for ever.
+struct Taken<'a> {
+    packer: Packer,
+    encoder: &'a Encoder,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let packer = mem::take(&mut self.packer);
+        lock(&self.encoder.packers).push(packer);
+        self.encoder.returned.notify_one();
+    }
 }
 
 /// The lane that a frame goes to.

@@ -16,6 +16,8 @@ use crate::core::pageset::{Cursor, PageSet, Piece};
 
 /// The pages of one round.
 pub(crate) struct Feed {
+    /// Most pages in a chunk.
+    chunk_pages: u32,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -66,9 +68,9 @@ impl Segment {
     }
 
     /// Replaces `runs` by the chunk that begins at `cursor`, and moves it past that.
-    fn chunk(&self, cursor: &mut Cursor, runs: &mut Vec<Run>) {
+    fn chunk(&self, cursor: &mut Cursor, chunk_pages: u32, runs: &mut Vec<Run>) {
         runs.clear();
-        let mut room = u64::from(CHUNK_PAGES);
+        let mut room = u64::from(chunk_pages);
         while room > 0 && runs.len() < CHUNK_RUNS {
             let Some(run) = self.next_run(cursor, room) else {
                 break;
@@ -80,17 +82,19 @@ impl Segment {
 }
 
 impl Feed {
-    /// A feed to which a scan hands on.
-    pub(crate) fn open() -> Self {
+    /// A feed to which a scan hands on, and from which lanes take so many pages at a time, at most
+    /// [`CHUNK_PAGES`].
+    pub(crate) fn open(chunk_pages: u32) -> Self {
         Self {
+            chunk_pages: chunk_pages.clamp(1, CHUNK_PAGES),
             state: Mutex::default(),
             changed: Condvar::new(),
         }
     }
 
     /// A feed of pages that are known.
-    pub(crate) fn of(pages: Arc<PageSet>) -> Self {
-        let feed = Self::open();
+    pub(crate) fn of(pages: Arc<PageSet>, chunk_pages: u32) -> Self {
+        let feed = Self::open(chunk_pages);
         feed.append(Segment::Set(pages));
         feed.close();
         feed
@@ -148,7 +152,7 @@ impl Feed {
     pub(super) fn take(&self, runs: &mut Vec<Run>, cut: &AtomicBool) -> Option<Place> {
         let mut state = self.lock();
         loop {
-            if let Some(at) = state.next_chunk(runs) {
+            if let Some(at) = state.next_chunk(self.chunk_pages, runs) {
                 return Some(at);
             }
             if state.closed || cut.load(Ordering::Acquire) {
@@ -168,7 +172,7 @@ impl Feed {
         runs.clear();
         let mut cursor = place.cursor;
         if let Some(segment) = self.lock().segments.get(place.segment as usize) {
-            segment.chunk(&mut cursor, runs);
+            segment.chunk(&mut cursor, self.chunk_pages, runs);
         }
     }
 
@@ -178,10 +182,10 @@ impl Feed {
 }
 
 impl State {
-    fn next_chunk(&mut self, runs: &mut Vec<Run>) -> Option<Place> {
+    fn next_chunk(&mut self, chunk_pages: u32, runs: &mut Vec<Run>) -> Option<Place> {
         while let Some(segment) = self.segments.get(self.next.segment as usize) {
             let at = self.next;
-            segment.chunk(&mut self.next.cursor, runs);
+            segment.chunk(&mut self.next.cursor, chunk_pages, runs);
             if !runs.is_empty() {
                 return Some(at);
             }

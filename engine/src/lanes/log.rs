@@ -161,7 +161,7 @@ mod tests {
         pages.remove(RegionIndex(0), holes).unwrap();
         let order = Arc::new(RoundOrder {
             round: Round(3),
-            feed: Arc::new(Feed::of(Arc::new(pages.clone()))),
+            feed: Arc::new(Feed::of(Arc::new(pages.clone()), CHUNK_PAGES)),
             zeros: ZeroPages::Tell,
             rewritten: Rewritten::Send,
             deltas: Deltas::Off,

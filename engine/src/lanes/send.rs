@@ -20,7 +20,7 @@ use super::encode::Encoder;
 use super::feed::Feed;
 use super::log::{Log, ReclaimError};
 use super::sender::Sender;
-use crate::core::layout::{PageRange, RegionIndex};
+use crate::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
 use crate::core::message::{Deltas, LaneTotals, Pace, Reclaimed, Rewritten, ZeroPages};
 use crate::core::pageset::PageSet;
 use crate::pacer::Pacer;
@@ -30,6 +30,20 @@ use crate::worker::Facts;
 /// Pages that a lane takes from the queue at a time: large enough that system calls do not count,
 /// small enough that lanes end a round together.
 pub(super) const CHUNK_PAGES: u32 = 128;
+
+/// Chunks that each lane sends in a second under a limit, at least. A lane pays for a chunk before it
+/// sends it, and the last of many to have its turn would else seem dead.
+const CHUNKS_PER_S: u64 = 8;
+
+/// Pages that `lanes` lanes take at a time, which are held to `limit` bytes a second.
+pub(crate) fn chunk_pages(limit: Option<u64>, lanes: usize) -> u32 {
+    let Some(limit) = limit else {
+        return CHUNK_PAGES;
+    };
+    let chunks = (lanes.max(1) as u64).saturating_mul(CHUNKS_PER_S);
+    let pages = limit / chunks / PAGE_SIZE as u64;
+    u32::try_from(pages).map_or(CHUNK_PAGES, |pages| pages.clamp(1, CHUNK_PAGES))
+}
 
 /// Most runs in a chunk. Each may break into pieces where zero pages are left out, and every piece is
 /// a record of the frame.
@@ -186,6 +200,11 @@ impl Senders {
                 lane.send(round);
             }
         }
+    }
+
+    /// Lanes that take part in rounds.
+    pub(crate) fn joined(&self) -> usize {
+        self.lanes.iter().filter(|lane| lane.joined).count()
     }
 
     /// Sends a round over all lanes that have joined.

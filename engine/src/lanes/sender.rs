@@ -121,7 +121,7 @@ impl Sender {
             let dealt = self.fill(order, runs)?;
             self.encode(order.round, dealt.told);
             self.log.tell(dealt.pages);
-            if order.pace == Pace::Limited {
+            if order.pace == Pace::Limited && !self.frame.is_empty() {
                 self.pay(dealt);
             }
             self.go_on()?;

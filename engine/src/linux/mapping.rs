@@ -9,8 +9,7 @@
 //! every thread of ours has ended before it does.
 //!
 //! No other thread of ours touches the same pages, whatever a peer sends: who places pages, or clears
-//! them, claims them first, and whoever comes to a page that is claimed gets an
-//! error. Between honest peers that never happens, since within a round a page travels once, and is sent
+//! them, claims them first, and whoever comes to a page that is claimed gets an error. Between honest peers that never happens, since within a round a page travels once, and is sent
 //! again only after the lane was fenced that had it. A lane may bring pages before the target has said
 //! Prepared, and finds blank RAM all the same: RAM is blanked before the first connection is taken.
 //!

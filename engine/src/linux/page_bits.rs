@@ -29,9 +29,13 @@ impl PageBits {
     pub(super) fn claim(&self, bytes: Range<u64>) -> Option<Claim<'_>> {
         let mut held = bytes.start..bytes.start;
         for (word, mask, end) in words_of(&bytes) {
-            let old = self.0.get(word)?.fetch_or(mask, Ordering::Acquire);
+            let Some(bits) = self.0.get(word) else {
+                self.release(&held);
+                return None;
+            };
+            let old = bits.fetch_or(mask, Ordering::Acquire);
             if old & mask != 0 {
-                self.0[word].fetch_and(!mask | old, Ordering::Release);
+                bits.fetch_and(!mask | old, Ordering::Release);
                 self.release(&held);
                 return None;
             }
@@ -155,6 +159,7 @@ mod tests {
     fn what_no_region_has_is_never_claimed() {
         let bits = PageBits::new(PAGE);
         assert!(bits.claim(0..65 * PAGE).is_none());
+        assert!(bits.claim(0..PAGE).is_some(), "nothing stays claimed");
         assert!(!bits.contains(&(0..65 * PAGE)));
     }
 }

@@ -32,7 +32,12 @@ pub(crate) async fn borrow(hello: &mut Hello) -> Option<Borrowed> {
     if !hello.features.contains(Features::NEAR) {
         return None;
     }
-    let regions = hello.offer.as_ref().map_or(&[][..], |offer| &offer.regions);
+    // Only who offers a guest has anything to lend.
+    let Some(offer) = hello.offer.as_ref() else {
+        hello.features = hello.features.without(Features::NEAR);
+        return None;
+    };
+    let regions = &offer.regions;
     let borrowed = timeout(LIMIT, Borrowed::of(hello.session, regions)).await;
     match borrowed.unwrap_or_else(|elapsed| Err(elapsed.into())) {
         Ok(borrowed) => Some(borrowed),

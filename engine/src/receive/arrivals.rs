@@ -16,6 +16,10 @@ use crate::greeting::Arrival;
 use crate::send::{GREETING_LIMIT, PARTING};
 use crate::vmm::VmmError;
 
+/// Most connections that are talked to at one time, besides the control lane. Whoever has got what it
+/// came for makes place for others.
+const MAX_TALKS: usize = 32;
+
 impl Driver {
     /// A connection has said what it is for.
     pub(super) async fn arrived(&mut self, arrival: Arrival) {
@@ -26,7 +30,12 @@ impl Driver {
                 self.turn_away(arrival, AbortCode::Busy, "another migration is under way");
             }
             Purpose::Lane(lane) if known => self.add_lane(arrival, lane).await,
-            Purpose::Inquire if known => self.add_inquirer(arrival),
+            Purpose::Inquire if known && self.talks.len() + self.inquirers.len() < MAX_TALKS => {
+                self.add_inquirer(arrival);
+            }
+            Purpose::Inquire if known => {
+                self.turn_away(arrival, AbortCode::Busy, "too many ask at once");
+            }
             Purpose::Lane(_) | Purpose::Inquire => {
                 self.turn_away(
                     arrival,
@@ -80,7 +89,11 @@ impl Driver {
         id: LaneId,
     ) -> Result<(), ferry_stream::Error> {
         let lanes = self.machine.lanes();
-        lane.writer.send(&Message::Welcome(welcome(lanes))).await?;
+        let welcome = Message::Welcome(welcome(lanes));
+        // Nobody holds up the hand-over, not even with a full socket.
+        timeout(PARTING, lane.writer.send(&welcome))
+            .await
+            .map_err(std::io::Error::from)??;
         let lane = lane.into_inner()?.into_lane()?;
         let place = self.place.clone();
         self.receivers.start(id, lane, place, &self.facts)?;
@@ -123,7 +136,8 @@ impl Driver {
     pub(super) async fn answer(&mut self, to: Inquirer, verdict: Verdict) {
         if let Some(mut lane) = self.inquirers.remove(&to) {
             // An answer that is lost is asked for again.
-            drop(lane.writer.send(&Message::Answer(verdict)).await);
+            let answer = Message::Answer(verdict);
+            drop(timeout(PARTING, lane.writer.send(&answer)).await);
         }
     }
 }

@@ -15,7 +15,7 @@ use super::{Driver, TrackSide};
 
 impl Driver {
     pub(super) fn start_tracking(&mut self, into: PageSet) {
-        self.scanned = Arc::new(Feed::open());
+        self.scanned = Arc::new(Feed::open(self.chunk_pages()));
         let (feed, fresh) = (Arc::clone(&self.scanned), Arc::clone(&self.outfit.fresh));
         let facts = self.facts.clone();
         self.tracker.order(Step::StartTracking, move |side| {
@@ -31,7 +31,7 @@ impl Driver {
     }
 
     pub(super) fn scan(&mut self, rearm: Rearm, with: PageSet) {
-        self.scanned = Arc::new(Feed::open());
+        self.scanned = Arc::new(Feed::open(self.chunk_pages()));
         let feed = Arc::clone(&self.scanned);
         self.tracker
             .order(Step::Collect, move |side| scan(side, rearm, &feed, with));

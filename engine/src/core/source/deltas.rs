@@ -25,7 +25,7 @@ pub(super) struct Bases {
     /// How the round at work was ordered.
     ordered: Deltas,
     /// Lanes that had died by then.
-    lost: u32,
+    died: u32,
     trust: Trust,
 }
 
@@ -40,7 +40,7 @@ impl Default for Bases {
     fn default() -> Self {
         Self {
             ordered: Deltas::Off,
-            lost: 0,
+            died: 0,
             trust: Trust::Whole,
         }
     }
@@ -49,8 +49,8 @@ impl Default for Bases {
 impl Shared {
     /// For the round that comes next, which is not the last.
     pub(super) fn next_deltas(&mut self) -> Deltas {
-        let lost = self.lanes.lost();
-        let has_died = mem::replace(&mut self.bases.lost, lost) != lost;
+        let died = self.lanes.died();
+        let has_died = mem::replace(&mut self.bases.died, died) != died;
         let is_agreed = self.features.contains(Features::DELTA);
         let is_kept = self.round.0 + 1 >= FIRST_KEPT;
         self.bases.ordered = if !is_agreed || !is_kept || self.bases.trust == Trust::Broken {

@@ -32,6 +32,8 @@ pub(super) struct Lanes {
     by_the_dead: u64,
     owed: Option<PageSet>,
     lost: u32,
+    /// Of those, lanes that stood.
+    died: u32,
     /// The most lanes that stood at one time.
     most: u16,
     /// When the loss of the last lane ends the move, and for which reason.
@@ -133,6 +135,11 @@ impl Lanes {
         self.lost
     }
 
+    /// Lanes that have died and stood before: they may have taken pages and not brought them.
+    pub(super) fn died(&self) -> u32 {
+        self.died
+    }
+
     /// Lanes that are being opened.
     pub(super) fn opening(&self) -> Vec<LaneId> {
         let opening = self
@@ -170,9 +177,12 @@ impl Lanes {
         let Some(slot) = self.slot(lane).filter(alive) else {
             return false;
         };
+        // What never stood has carried nothing.
+        let stood = matches!(slot.state, Lane::Up { .. });
         slot.state = Lane::Fencing(said);
         slot.losses += 1;
         self.lost += 1;
+        self.died += u32::from(stood);
         true
     }
 

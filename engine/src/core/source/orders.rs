@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ferry_stream::message::{Hello, Message, Offer, Purpose, RegionInfo, Versions};
+use ferry_stream::message::{Hello, Message, Mode, Offer, Purpose, RegionInfo, Versions};
 
 use super::{Link, Shared, SourceConfig, State};
 use crate::core::converge::{Verdict, View};
@@ -15,6 +15,10 @@ impl Shared {
     pub(super) fn hold(&mut self, at: Moment) {
         if self.hold_ordered {
             self.held = Some(at);
+            // The guest would pay for a limit with its time. Without `--live` it was known to.
+            if self.config.mode == Mode::Live {
+                self.actions.push_back(Action::Unpace);
+            }
             self.meter.stopped(at);
         }
     }

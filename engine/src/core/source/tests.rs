@@ -276,7 +276,7 @@ fn the_time_out_suspends_and_the_move_finishes() {
     }
     assert_eq!(bench.wait(), ["tell", "Pause(Copy)"]);
     let at = bench.now;
-    assert_eq!(bench.tell(Input::Paused { at, drained: at }), [""; 0]);
+    assert_eq!(bench.tell(Input::Paused { at, drained: at }), ["Unpace"]);
     bench.tell(idle(1));
     bench.tell(sent(1, 3));
     bench.tell(done(1, 3));

@@ -94,7 +94,7 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let order = order(Feed::open());
+        let order = order(Feed::open(CHUNK_PAGES));
         let mut lanes: [Lane; LANES] = Default::default();
         for lane in &mut lanes {
             lane.log.begin(&order, FIRST_FRAME);
@@ -253,7 +253,7 @@ fn until_waiting(feed: &Feed, lanes: u32) {
 
 #[test]
 fn a_lane_waits_for_what_is_handed_on_and_ends_when_the_scan_does() {
-    let feed = Arc::new(Feed::open());
+    let feed = Arc::new(Feed::open(CHUNK_PAGES));
     feed.hand_on(piece(0, 5));
     let (chunks, thread) = lane(&feed, &Arc::default());
     assert_eq!(chunks.recv_timeout(BOUND), Ok(5));
@@ -276,7 +276,7 @@ fn a_lane_waits_for_what_is_handed_on_and_ends_when_the_scan_does() {
 
 #[test]
 fn a_lane_that_is_cut_while_it_waits_ends_and_the_others_go_on() {
-    let feed = Arc::new(Feed::open());
+    let feed = Arc::new(Feed::open(CHUNK_PAGES));
     let cut = Arc::new(AtomicBool::new(false));
     let (ended, dead) = lane(&feed, &cut);
     let (chunks, living) = lane(&feed, &Arc::default());
