@@ -120,14 +120,37 @@ pub trait Converge: Send {
 /// The default rule: stops when the predicted blackout fits the downtime limit, but not while a
 /// further round costs little and would still cut it; gives up when rounds no longer shrink. Where
 /// only a busy machine stands against it, it lets a few rounds go by for that to pass.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct DowntimeLimit {
+    /// How long rounds may go on without shrinking.
+    patience: Duration,
     /// The least dirty set so far.
     best: Option<u64>,
     /// Rounds in a row that did not improve on it.
     stalled: u32,
+    /// How long these have taken.
+    stalled_for: Duration,
     /// Rounds in a row that would have fitted if the machine had been quiet.
     unquiet: u32,
+}
+
+impl Default for DowntimeLimit {
+    fn default() -> Self {
+        Self::with_patience(PATIENCE_SPAN)
+    }
+}
+
+impl DowntimeLimit {
+    /// A rule that lets rounds go on for so long, at least, without shrinking.
+    pub fn with_patience(patience: Duration) -> Self {
+        Self {
+            patience,
+            best: None,
+            stalled: 0,
+            stalled_for: Duration::ZERO,
+            unquiet: 0,
+        }
+    }
 }
 
 /// A round "shrinks" when it leaves less than this part of the best so far, in percent.
@@ -135,6 +158,10 @@ const SHRINK_PERCENT: u64 = 90;
 
 /// Rounds in a row that do not shrink before the rule gives up: enough for a burst to pass.
 const PATIENCE: u32 = 12;
+
+/// And for how long: rounds of some milliseconds follow each other faster than a busy host becomes
+/// quiet again.
+const PATIENCE_SPAN: Duration = Duration::from_secs(3);
 
 /// Rounds that are let go by for a busy machine to become quiet: some tens of milliseconds.
 const UNQUIET_ROUNDS: u32 = 8;
@@ -151,9 +178,12 @@ impl Converge for DowntimeLimit {
         if shrinks {
             self.best = Some(view.dirty_pages);
             self.stalled = 0;
+            self.stalled_for = Duration::ZERO;
         } else {
             self.stalled += 1;
+            self.stalled_for += view.rounds.last().map_or(Duration::ZERO, |last| last.took);
         }
+        let gives_up = self.stalled > PATIENCE && self.stalled_for >= self.patience;
         let fits_at_best = view.predicted_at_best() <= view.effective_limit();
         let is_quiet = view.predicted() <= view.effective_limit();
         let waits = fits_at_best && !is_quiet && self.unquiet < UNQUIET_ROUNDS;
@@ -162,7 +192,7 @@ impl Converge for DowntimeLimit {
         let negligible = view.transfer(view.dirty_pages) <= view.floor() / NEGLIGIBLE;
         if fits && (negligible || !shrinks) {
             Verdict::Stop
-        } else if !fits_at_best && self.stalled > PATIENCE {
+        } else if !fits_at_best && gives_up {
             Verdict::GiveUp
         } else {
             Verdict::Continue
@@ -172,6 +202,8 @@ impl Converge for DowntimeLimit {
 
 #[cfg(test)]
 mod tests {
+    use ferry_stream::message::Round;
+
     use super::*;
 
     const MIB_PER_S: u64 = 1 << 20;
@@ -256,7 +288,7 @@ mod tests {
 
     #[test]
     fn gives_up_when_rounds_do_not_shrink() {
-        let mut rule = DowntimeLimit::default();
+        let mut rule = DowntimeLimit::with_patience(Duration::ZERO);
         let verdicts: Vec<_> = (0..=PATIENCE + 1)
             .map(|_| rule.decide(&view(10_000)))
             .collect();
@@ -266,6 +298,28 @@ mod tests {
                 .iter()
                 .all(|verdict| *verdict == Verdict::Continue)
         );
+    }
+
+    #[test]
+    fn short_rounds_are_given_time_to_shrink() {
+        let round = RoundReport {
+            round: Round(1),
+            dirty_pages: 10_000,
+            pages: 10_000,
+            zero_pages: 0,
+            bytes: 0,
+            took: Duration::from_millis(5),
+            dirty_bytes_per_s: 0,
+        };
+        let stalled = View {
+            rounds: &[round],
+            ..view(10_000)
+        };
+        let mut rule = DowntimeLimit::with_patience(Duration::from_millis(200));
+        let verdicts = std::iter::from_fn(|| Some(rule.decide(&stalled)));
+        let went_on = verdicts.take_while(|verdict| *verdict == Verdict::Continue);
+        // The first one shrinks.
+        assert_eq!(went_on.count(), 40);
     }
 
     #[test]

@@ -154,7 +154,8 @@ impl Rule {
     /// The rule itself.
     pub(super) fn boxed(self) -> Box<dyn Converge> {
         match self {
-            Self::Engine => Box::new(DowntimeLimit::default()),
+            // Worlds last for milliseconds.
+            Self::Engine => Box::new(DowntimeLimit::with_patience(Duration::ZERO)),
             Self::After(rounds) => Box::new(AfterRounds(rounds)),
         }
     }

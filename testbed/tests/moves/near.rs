@@ -150,7 +150,13 @@ fn ten_lanes_die_in_one_move() {
     let pair = Pair::boot(&small(QemuVersion::V10_0));
     let begun = pair.begin_near(&["--live", SLOW, "--parallel-connections=3"]);
     begun.wait_for_pages();
-    for nth in 0..DEATHS {
+    // One that is cut before it was welcomed is opened in another way, and was never lost.
+    let died = || begun.migrate.told().matches("was lost").count();
+    let mut cuts = 0;
+    while died() < DEATHS {
+        assert!(cuts < 3 * DEATHS, "{}", begun.migrate.told());
+        let nth = cuts;
+        cuts += 1;
         let (name, socket) = wait_until("two lanes stand", BOUND, || {
             let mut lanes = lanes(&begun.migrate);
             (lanes.len() >= 2).then(|| lanes.swap_remove(nth % 2))
@@ -166,6 +172,7 @@ fn ten_lanes_die_in_one_move() {
         .unwrap();
     }
     let moved = begun.moved();
-    assert_eq!(moved.json["lanes_lost"], DEATHS, "{}", moved.told);
+    let lost = moved.json["lanes_lost"].as_u64().unwrap();
+    assert!(lost >= DEATHS as u64, "{lost}: {}", moved.told);
     assert_shared(&moved);
 }

@@ -472,15 +472,15 @@ fn a_flush_under_way_is_waited_for_without_another_round() {
         assert_eq!(bench.tell(done(1, 3)), ["collect"]);
         assert_eq!(bench.tell(Input::Collected { found: pages(2) }), [""; 0]);
         let at = bench.now;
-        let ends_the_wait = match suspended {
-            None => Input::Flushed,
+        match suspended {
+            None => assert_eq!(bench.tell(Input::Flushed), ["collect"]),
             Some(suspend) => {
                 let orders = bench.tell(Input::Command(suspend));
                 assert_eq!(orders, ["tell", "Pause(Copy)"]);
-                Input::Paused { at, drained: at }
+                let orders = bench.tell(Input::Paused { at, drained: at });
+                assert_eq!(orders, ["Unpace", "collect"]);
             }
-        };
-        assert_eq!(bench.tell(ends_the_wait), ["collect"]);
+        }
         let orders = bench.tell(Input::Collected { found: pages(1) });
         assert_eq!(orders, ["Pause(Switchover)"]);
     }
