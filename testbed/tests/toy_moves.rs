@@ -196,7 +196,8 @@ async fn the_report_adds_up() -> Outcomes {
     assert!(report.downtime.unwrap() < report.total);
     let blackout = report.blackout.unwrap();
     assert_eq!(Some(blackout.total()), report.downtime);
-    let beyond_doubt = [blackout.scan, blackout.state_load, blackout.resume];
+    // A scan costs nothing of its own when the lanes had something to send all the while.
+    let beyond_doubt = [blackout.state_load, blackout.resume];
     assert!(
         beyond_doubt.iter().all(|part| !part.is_zero()),
         "{blackout:?}"

@@ -262,6 +262,8 @@ pub(crate) struct Moved {
     pub(crate) json: Value,
     pub(crate) told: String,
     pub(crate) blackout: Option<Duration>,
+    /// The longest that the probe itself had to wait for a core: by so much that may be too long.
+    pub(crate) resolution: Duration,
 }
 
 impl Move<'_> {
@@ -325,10 +327,12 @@ impl Move<'_> {
         if state == "paused" {
             pair.target.execute("cont", &json!({})).unwrap();
         }
+        let mut resolution = Duration::ZERO;
         let blackout = pair.page.as_ref().and_then(|page| {
             assert_whole(&pair.target.counterpart(page));
             let seen = probe?.finish().unwrap();
             assert!(seen.moved_at.is_some(), "{:?}", seen.blackout);
+            resolution = seen.resolution;
             (state == "running").then_some(seen.blackout)
         });
         assert_as_before(&pair.target, &pair.before.target);
@@ -337,6 +341,7 @@ impl Move<'_> {
             json,
             told: there.stderr,
             blackout,
+            resolution,
         };
         moved.print();
         moved
@@ -386,10 +391,11 @@ impl Moved {
             format!("{:.1}", span.as_secs_f64() * 1e3)
         });
         println!(
-            "MOVE {name}: total {:.0} ms, downtime {:.1} ms, blackout seen {blackout} ms, {} rounds, \
-             {} MiB",
+            "MOVE {name}: total {:.0} ms, downtime {:.1} ms, blackout seen {blackout} ms (to {:.1} ms), \
+             {} rounds, {} MiB",
             self.ms("total_ms"),
             self.ms("downtime_ms"),
+            self.resolution.as_secs_f64() * 1e3,
             self.json["rounds"].as_array().unwrap().len(),
             self.json["bytes_wire"].as_u64().unwrap() >> 20,
         );
