@@ -7,13 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ferry_engine::Bandwidth;
-use ferry_engine::core::converge::{Converge, Verdict, View};
 use ferry_engine::core::encoding::Compression;
 use ferry_engine::core::message::{Notice, Outcome};
 use ferry_engine::core::meter::{Progress, Report};
 use ferry_engine::core::source::LanePlan;
 use ferry_engine::job::{Job, SourceBuilder, TargetJob};
-use ferry_testbed::toy::{Change, Ended, Model, Pair, Proxy, Shape};
+use ferry_testbed::toy::{Change, Ended, Model, Pair, Proxy, Shape, Until};
 use ferry_testbed::wait_until;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -28,19 +27,6 @@ const BUSY: u64 = 512;
 const RATE: u64 = 16 << 20;
 
 type Outcomes = Result<(), Box<dyn std::error::Error>>;
-
-/// Goes on copying until it is told to stop.
-struct Until(Arc<AtomicBool>);
-
-impl Converge for Until {
-    fn decide(&mut self, _: &View<'_>) -> Verdict {
-        if self.0.load(Ordering::Acquire) {
-            Verdict::Stop
-        } else {
-            Verdict::Continue
-        }
-    }
-}
 
 /// A guest that changes a word in each of its pages, one after the other.
 fn counting() -> Model {

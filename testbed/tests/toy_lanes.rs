@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use ferry_engine::core::converge::{Converge, Verdict, View};
 use ferry_engine::core::message::{Outcome, Phase, Reason};
 use ferry_engine::core::meter::Progress;
 use ferry_engine::core::outcome::in_full;
@@ -14,7 +13,7 @@ use ferry_engine::core::source::LanePlan;
 use ferry_engine::job::{Job, TargetJob};
 use ferry_engine::{Bandwidth, Compression};
 use ferry_testbed::toy::{
-    At, Call, Ended, Fault, Model, Pair, Proxy, Recorded, Rule, Scope, Shape, Way, What,
+    At, Call, Ended, Fault, Model, Pair, Proxy, Recorded, Rule, Scope, Shape, Until, Way, What,
 };
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -32,19 +31,6 @@ type Outcomes = Result<(), Box<dyn std::error::Error>>;
 
 /// The connections of the first two page lanes, in whichever order they came.
 const LANES: [usize; 2] = [1, 2];
-
-/// Goes on copying until it is told to stop.
-struct Until(Arc<AtomicBool>);
-
-impl Converge for Until {
-    fn decide(&mut self, _: &View<'_>) -> Verdict {
-        if self.0.load(Ordering::Acquire) {
-            Verdict::Stop
-        } else {
-            Verdict::Continue
-        }
-    }
-}
 
 fn lanes(count: u16) -> LanePlan {
     LanePlan::Fixed(NonZeroU16::new(count).unwrap())

@@ -38,8 +38,8 @@ impl Driver {
     }
 }
 
-/// Tells what holds something. An error leaves the feed open: nobody takes the round for complete, and the lanes that wait are cut
-/// with all others.
+/// Tells what holds something. An error leaves the feed open: nobody takes the round for complete, and
+/// the lanes that wait are cut with all others.
 fn start(
     side: &mut TrackSide,
     feed: &Feed,

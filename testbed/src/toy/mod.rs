@@ -31,7 +31,7 @@ use ferry_engine::vmm::{GuestEvent, Inventory, RunState, Vm};
 pub use self::fault::{Call, Fault, Faults};
 use self::machine::{Machine, ToyGuest};
 use self::memory::{LogTracker, Memory};
-pub use self::pair::{Ended, Pair};
+pub use self::pair::{Ended, Pair, Until};
 pub use self::proxy::{At, Proxy, Recorded, Rule, Scope, Way, What};
 use self::state::ToyState;
 pub use self::world::{Change, Shape, World};

@@ -3,8 +3,10 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use ferry_engine::core::converge::{Converge, Verdict, View};
 use ferry_engine::core::message::{GuestLeft, Outcome};
 use ferry_engine::core::source::SourceLimits;
 use ferry_engine::core::target::TargetLimits;
@@ -18,6 +20,20 @@ use super::{Model, Toy, World};
 
 /// How long a toy migration may wait for anything: it takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A convergence rule that goes on copying until it is told to stop.
+#[derive(Debug)]
+pub struct Until(pub Arc<AtomicBool>);
+
+impl Converge for Until {
+    fn decide(&mut self, _: &View<'_>) -> Verdict {
+        if self.0.load(Ordering::Acquire) {
+            Verdict::Stop
+        } else {
+            Verdict::Continue
+        }
+    }
+}
 
 /// Two toys for one guest.
 #[derive(Debug)]
