@@ -1,5 +1,6 @@
 //! A running QEMU: gone, with all its files, when dropped.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -237,6 +238,18 @@ impl Qemu {
         self.wait_for_end(KILL_BOUND).map(drop)
     }
 
+    /// The private folders through which its device state travels: named after its process. An
+    /// engine that was killed leaves its own behind.
+    pub fn private_folders(&self) -> Vec<PathBuf> {
+        let prefix = format!("ferry-{}-", self.pid());
+        let is_its = |name: &OsStr| name.to_string_lossy().starts_with(&prefix);
+        let entries = fs::read_dir("/tmp").into_iter().flatten().flatten();
+        entries
+            .filter(|entry| is_its(&entry.file_name()))
+            .map(|entry| entry.path())
+            .collect()
+    }
+
     /// What it has written to standard error.
     pub fn log(&self) -> String {
         fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
@@ -246,6 +259,10 @@ impl Qemu {
 impl Drop for Qemu {
     fn drop(&mut self) {
         end(&mut lock(&self.child));
+        // A later QEMU may get the same process number, and be taken for their owner.
+        for folder in self.private_folders() {
+            let _ = fs::remove_dir_all(folder);
+        }
     }
 }
 

@@ -85,16 +85,6 @@ fn descriptors(qemu: &Qemu) -> Vec<String> {
     all
 }
 
-/// The private folders through which a QEMU's device state travels: named after its process.
-fn private_sockets(qemu: &Qemu) -> Vec<PathBuf> {
-    let prefix = format!("ferry-{}-", qemu.pid());
-    let entries = fs::read_dir("/tmp").unwrap().flatten();
-    entries
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
-        .map(|entry| entry.path())
-        .collect()
-}
-
 /// Journals and control sockets.
 fn journals(qemu: &Qemu) -> Vec<PathBuf> {
     Ferry::left_in(&Ferry::state_folder(qemu))
@@ -211,9 +201,10 @@ impl Pair {
         }
     }
 
-    fn assert_nothing_left(&self) {
+    /// Nothing is left of two commands that ended so.
+    fn assert_nothing_left(&self, ended: [&Ended; 2]) {
         for qemu in [&self.source, &self.target] {
-            assert_eq!(private_sockets(qemu), Vec::<PathBuf>::new());
+            assert_eq!(qemu.private_folders(), Vec::<PathBuf>::new(), "{ended:?}");
         }
         assert_eq!(journals(&self.target), Vec::<PathBuf>::new());
     }
@@ -336,7 +327,7 @@ impl Move<'_> {
             (state == "running").then_some(seen.blackout)
         });
         assert_as_before(&pair.target, &pair.before.target);
-        pair.assert_nothing_left();
+        pair.assert_nothing_left([&there, &here]);
         let moved = Moved {
             json,
             told: there.stderr,
@@ -374,7 +365,7 @@ impl Move<'_> {
         assert!(told.contains(reason), "{told:?} has no {reason:?}");
         assert_eq!(here.json()["outcome"], "kept");
         self.pair.target.wait_for_end(BOUND).unwrap();
-        self.pair.assert_nothing_left();
+        self.pair.assert_nothing_left([&there, &here]);
         (json, there)
     }
 }
