@@ -1,6 +1,5 @@
 //! A running QEMU: gone, with all its files, when dropped.
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -240,14 +239,14 @@ impl Qemu {
 
     /// The private folders through which its device state travels: named after its process. An
     /// engine that was killed leaves its own behind.
-    pub fn private_folders(&self) -> Vec<PathBuf> {
+    pub fn private_folders(&self) -> Result<Vec<PathBuf>, TestbedError> {
         let prefix = format!("ferry-{}-", self.pid());
-        let is_its = |name: &OsStr| name.to_string_lossy().starts_with(&prefix);
-        let entries = fs::read_dir("/tmp").into_iter().flatten().flatten();
-        entries
-            .filter(|entry| is_its(&entry.file_name()))
-            .map(|entry| entry.path())
-            .collect()
+        let entries = fs::read_dir("/tmp").map_err(TestbedError::io("list /tmp"))?;
+        let folders = entries
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+            .map(|entry| entry.path());
+        Ok(folders.collect())
     }
 
     /// What it has written to standard error.
@@ -260,7 +259,7 @@ impl Drop for Qemu {
     fn drop(&mut self) {
         end(&mut lock(&self.child));
         // A later QEMU may get the same process number, and be taken for their owner.
-        for folder in self.private_folders() {
+        for folder in self.private_folders().unwrap_or_default() {
             let _ = fs::remove_dir_all(folder);
         }
     }

@@ -204,7 +204,8 @@ impl Pair {
     /// Nothing is left of two commands that ended so.
     fn assert_nothing_left(&self, ended: [&Ended; 2]) {
         for qemu in [&self.source, &self.target] {
-            assert_eq!(qemu.private_folders(), Vec::<PathBuf>::new(), "{ended:?}");
+            let left = qemu.private_folders().unwrap();
+            assert_eq!(left, Vec::<PathBuf>::new(), "{ended:?}");
         }
         assert_eq!(journals(&self.target), Vec::<PathBuf>::new());
     }
