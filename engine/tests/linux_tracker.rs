@@ -19,6 +19,9 @@ const REGION: RegionIndex = RegionIndex(3);
 const RAM_BYTES: u64 = 16 << 20;
 const PAGES: u64 = RAM_BYTES / PAGE_SIZE as u64;
 
+/// Pages of which one page table tells.
+const BLOCK_PAGES: usize = 512;
+
 fn tracker_of(child: &Tracked) -> RamTracker {
     let range = TrackedRange {
         region: REGION,
@@ -93,10 +96,14 @@ fn write(child: &mut Tracked, pages: &BTreeSet<u64>) {
 
 /// Rounds of random writes: every report equals what was written since the last one.
 fn reports_exactly_what_was_written(ram: &Ram, unit: u64) {
+    // Some pages are there before, most are not.
+    reports_exactly_after(ram, unit, &(0..PAGES / 4).collect());
+}
+
+fn reports_exactly_after(ram: &Ram, unit: u64, before: &BTreeSet<u64>) {
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
-    // Some pages are there before, most are not.
-    write(&mut child, &(0..PAGES / 4).collect());
+    write(&mut child, before);
     tracker.start(&mut |_, _| ()).unwrap();
     assert_eq!(collect(&mut tracker, Rearm::Yes), BTreeSet::new());
 
@@ -144,7 +151,60 @@ fn tmpfs_is_tracked_exactly() {
 
 #[test]
 fn tmpfs_with_huge_pages_is_tracked_exactly() {
-    reports_exactly_what_was_written(&Ram::tmpfs(RAM_BYTES, "size=64M,huge=always"), 1);
+    let ram = Ram::tmpfs(RAM_BYTES, "size=64M,huge=always");
+    let every_block = (0..PAGES).step_by(BLOCK_PAGES).collect();
+    reports_exactly_after(&ram, 1, &every_block);
+}
+
+/// The first write to a block of which nothing was there may show all of it: a huge page is data as a
+/// whole.
+#[test]
+fn a_huge_page_that_appears_shows_what_was_written() {
+    let ram = Ram::tmpfs(RAM_BYTES, "size=64M,huge=always");
+    let mut child = Tracked::start(ram.path());
+    let mut tracker = tracker_of(&child);
+    tracker.start(&mut |_, _| ()).unwrap();
+    let block = BLOCK_PAGES as u64;
+    let pages = BTreeSet::from([3 * block + 7, 5 * block]);
+    write(&mut child, &pages);
+    let shown = collect(&mut tracker, Rearm::Yes);
+    assert!(pages.is_subset(&shown));
+    let in_block = |page: &u64| [3, 5].contains(&(page / block));
+    assert!(shown.iter().all(in_block), "{shown:?}");
+    write(&mut child, &pages);
+    assert_eq!(collect(&mut tracker, Rearm::Yes), pages);
+}
+
+/// Memory that holds nothing is not protected, which would take page tables, and what is written there
+/// shows all the same: in a look, in a collection, and when it is written again.
+#[test]
+fn what_was_never_touched_needs_no_page_tables() {
+    const LARGE_BYTES: u64 = 1 << 30;
+    let all = LARGE_BYTES / PAGE_SIZE as u64;
+    let ram = Ram::memfd(LARGE_BYTES);
+    let mut child = Tracked::start(ram.path());
+    let mut tracker = tracker_of(&child);
+    write(&mut child, &(100..300).collect());
+    let before = child.page_table_kib();
+    tracker.start(&mut |_, _| ()).unwrap();
+    let mut collected = |rearm| collect_of(&mut tracker, rearm, all);
+    assert_eq!(collected(Rearm::Yes), BTreeSet::new());
+    let taken = child.page_table_kib() - before;
+    // A table for each block would be sixteen times as much.
+    let most = LARGE_BYTES / BLOCK_PAGES as u64 / 1024 / 16;
+    assert!(taken <= most, "{taken} KiB of page tables");
+
+    let near = [50, 311, 512, 513];
+    let far = (4_096..all).step_by(9_973);
+    let pages: BTreeSet<u64> = far.chain(near).chain([all - 1]).collect();
+    write(&mut child, &pages);
+    assert_eq!(collected(Rearm::No), pages);
+    assert_eq!(collected(Rearm::Yes), pages);
+    assert_eq!(collected(Rearm::No), BTreeSet::new());
+    let neighbours: BTreeSet<u64> = pages.iter().map(|page| page ^ 1).collect();
+    let again: BTreeSet<u64> = neighbours.union(&pages).copied().collect();
+    write(&mut child, &again);
+    assert_eq!(collected(Rearm::Yes), again);
 }
 
 #[test]

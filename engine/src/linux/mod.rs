@@ -18,6 +18,7 @@
 //! | [`preflight`] | whether any of it will work, and what to do if not |
 
 pub mod error;
+mod holes;
 pub mod inject;
 pub mod mapping;
 pub mod maps;

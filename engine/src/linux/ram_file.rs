@@ -184,7 +184,14 @@ impl RamFile {
         Ok(())
     }
 
-    fn is_fully_allocated(&self) -> io::Result<bool> {
+    /// The first place at or after `offset` that may hold anything but zeros; none where only a hole
+    /// follows.
+    pub(super) fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.seek(offset, Whence::SeekData)
+    }
+
+    /// True when the file has no hole.
+    pub(super) fn is_fully_allocated(&self) -> io::Result<bool> {
         let allocated = self.file.metadata()?.blocks() * STAT_BLOCK_BYTES;
         Ok(allocated >= self.byte_len)
     }

@@ -115,6 +115,14 @@ impl Tracked {
         stat.rsplit_once(") ").unwrap().1.chars().next().unwrap()
     }
 
+    /// What its page tables take, in KiB.
+    pub(crate) fn page_table_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmPTE:"));
+        let kib = line.unwrap().trim().strip_suffix(" kB").unwrap();
+        kib.parse().unwrap()
+    }
+
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
