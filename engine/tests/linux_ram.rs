@@ -304,6 +304,62 @@ fn a_full_file_system_is_an_error_that_names_the_region() {
     }
 }
 
+/// One of them writes to the file, the others through the mapping.
+#[test]
+fn several_lanes_write_side_by_side() {
+    const LANES: u64 = 4;
+    const RUN_PAGES: u64 = 16;
+    for (kind, file) in kinds() {
+        let ram = target(&file);
+        std::thread::scope(|scope| {
+            for lane in 0..LANES {
+                let ram = &ram;
+                scope.spawn(move || {
+                    for run in (lane..PAGES / RUN_PAGES).step_by(LANES.try_into().unwrap()) {
+                        let range = PageRange::new(run * RUN_PAGES, RUN_PAGES);
+                        let bytes = bytes_of(range, run.to_le_bytes()[0]);
+                        ram.write(REGION, range, &bytes).unwrap();
+                    }
+                });
+            }
+        });
+        let found = contents(&ram);
+        for run in 0..PAGES / RUN_PAGES {
+            let range = PageRange::new(run * RUN_PAGES, RUN_PAGES);
+            let expected = bytes_of(range, run.to_le_bytes()[0]);
+            assert!(found[places(range)] == expected, "{kind}: run {run}");
+        }
+    }
+}
+
+/// Whichever way they take, none dies of a signal.
+#[test]
+fn several_lanes_find_a_full_file_system() {
+    let file = Ram::tmpfs(RAM_BYTES, "size=4M");
+    let ram = target(&file);
+    let failed = std::thread::scope(|scope| {
+        let halves = [0, PAGES / 2].map(|first| {
+            let ram = &ram;
+            scope.spawn(move || {
+                let written = (first..first + PAGES / 2).try_for_each(|page| {
+                    let range = PageRange::new(page, 1);
+                    ram.write(REGION, range, &bytes_of(range, 7))
+                });
+                match written {
+                    Ok(()) => 0,
+                    Err(VmmError::Io { source, .. }) => {
+                        assert_eq!(source.kind(), ErrorKind::StorageFull);
+                        1
+                    }
+                    Err(other) => panic!("{other:?}"),
+                }
+            })
+        });
+        halves.into_iter().map(|it| it.join().unwrap()).sum::<u32>()
+    });
+    assert!(failed > 0);
+}
+
 #[test]
 fn refuses_what_is_outside() {
     let backing = Ram::memfd(RAM_BYTES);

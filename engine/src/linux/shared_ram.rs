@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, TryLockError};
 use std::thread;
 
 use super::mapping::GuestMapping;
@@ -91,6 +91,8 @@ struct Backing {
     /// What the mapping has present: data that the file held when it was blanked. The rest is
     /// allocated by writing, which fails in an orderly way when there is no room.
     present: OnceLock<Vec<Range<u64>>>,
+    /// Held by the thread that writes to the file, which locks it for all others.
+    writing: Mutex<()>,
 }
 
 /// Guest RAM in shared files.
@@ -279,6 +281,7 @@ impl Backing {
                 bytes,
                 mapping,
                 present: OnceLock::new(),
+                writing: Mutex::default(),
             }),
             Err(source) => Err(RamError::Map { name, source }),
         }
@@ -358,10 +361,23 @@ impl Backing {
         Ok(extents)
     }
 
+    /// Writes to the file, or through the mapping where the file knows no `write`, and where another
+    /// thread writes to it at this moment: it would keep this one waiting, with its core. To allocate
+    /// pages through the mapping takes longer than `write` does, since they are cleared before; but not
+    /// as long as waiting. Measured on 2 cores, two threads, a GiB of tmpfs that is not allocated: 0.33 s
+    /// so and 0.40 s if both write to the file, medians of three.
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
-        match self.mapping.as_ref().filter(|_| self.file.is_hugetlb()) {
-            Some(mapping) => mapping.write(offset - self.bytes.start, from),
-            None => self.file.write(offset, from),
+        let Some(mapping) = &self.mapping else {
+            return self.file.write(offset, from);
+        };
+        let within = offset - self.bytes.start;
+        if self.file.is_hugetlb() {
+            return mapping.write(within, from);
+        }
+        match self.writing.try_lock() {
+            Err(TryLockError::WouldBlock) if self.file.is_tmpfs() => mapping.write(within, from),
+            // What a panic has left is nothing but the lock.
+            _held => self.file.write(offset, from),
         }
     }
 
