@@ -96,7 +96,13 @@ fn every_world_has_one_owner_and_loses_nothing() {
         .filter(|one| one.source == Ending::Moved && one.mismatches > 0);
     let mended = mended.count() as u64;
     println!("{deltas} deltas, {mismatches} did not fit; {mended} moved all the same");
+    let shared = sum(|one| one.shared);
+    println!("{shared} pages taken from the source's RAM");
     if seeds >= SEEDS {
+        assert!(
+            shared > seeds,
+            "hardly a page is taken from the source's RAM"
+        );
         assert!(deltas > seeds, "hardly a page is told as a delta");
         assert!(mended * 2000 >= seeds, "hardly a world had to mend a page");
         assert!(

@@ -81,24 +81,41 @@ impl World {
         region: RegionIndex,
         told: &[(u64, Told)],
     ) -> Result<Vec<u64>, Violation> {
-        let vm = &mut self.end(Side::Target).vm;
+        let vm = &self.at(Side::Target).vm;
         if vm.has_run && vm.run_by == RunBy::Engine {
             return Err(Violation::PlacedAfterRun);
         }
         let mut mismatched = Vec::new();
         for &(page, told) in told {
-            match told {
-                Told::Delta { base, .. } if vm.ram.page(region, page) != base => {
+            let content = match told {
+                Told::Delta { base, .. }
+                    if self.at(Side::Target).vm.ram.page(region, page) != base =>
+                {
                     mismatched.push(page);
+                    continue;
                 }
-                Told::Whole(content) | Told::Delta { content, .. } => {
-                    vm.ram.fill(region, page, content);
-                }
-            }
+                Told::Whole(content) | Told::Delta { content, .. } => content,
+                Told::Shared => self.take_shared(region, page),
+            };
+            self.end(Side::Target).vm.ram.fill(region, page, content);
         }
         match mismatched.first() {
             Some(&page) if !self.bases.spoilt => Err(Violation::UnfitDelta { region, page }),
             _ => Ok(mismatched),
+        }
+    }
+
+    /// What the target copies of the source's RAM. While the guest writes, that may be neither the old
+    /// nor the new.
+    fn take_shared(&mut self, region: RegionIndex, page: u64) -> Content {
+        self.shared += 1;
+        let vm = &self.at(Side::Source).vm;
+        let (content, runs) = (vm.ram.page(region, page), vm.runs());
+        let is_written = runs && self.tracker.is_written(region, page);
+        if is_written && self.rng.once_in(2) {
+            content.torn()
+        } else {
+            content
         }
     }
 

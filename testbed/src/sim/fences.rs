@@ -8,7 +8,7 @@ use ferry_stream::message::LaneId;
 
 use super::event::Event;
 use super::flaw::Flaw;
-use super::guest::add;
+use super::guest::{Content, add};
 use super::link::{Frame, Lane, Told};
 use super::plan::Side;
 use super::worker::Thread;
@@ -143,6 +143,7 @@ impl World {
                 .iter()
                 .map(|(page, told)| match told {
                     Told::Whole(content) => (*page, Told::Whole(content.torn())),
+                    Told::Shared => (*page, Told::Whole(Content::ZERO.torn())),
                     // It is checked before it is placed.
                     Told::Delta { .. } => (*page, *told),
                 })

@@ -11,7 +11,7 @@ use super::checks::Violation;
 use super::event::Event;
 use super::flaw::Flaw;
 use super::guest::Content;
-use super::link::{Chunk, Feed, Frame, LaneJob, Logged, Queue, Reading};
+use super::link::{Chunk, Feed, Frame, LaneJob, Logged, Queue, Reading, Told};
 use super::plan::Side;
 use super::worker::Thread;
 use super::world::World;
@@ -143,6 +143,10 @@ impl World {
         for (page, (read, after)) in (chunk.range.first.0..).zip(reads.iter().zip(after)) {
             if read.left_out {
                 self.totals.fresh_pages += 1;
+                continue;
+            }
+            if self.plan.shares() {
+                told.push((page, Told::Shared));
                 continue;
             }
             let content = if read.before == after {

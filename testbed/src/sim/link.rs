@@ -67,6 +67,8 @@ impl Pipe {
 pub(super) enum Told {
     /// By what it holds.
     Whole(Content),
+    /// By its name alone: the target takes it from the source's RAM when it comes to it.
+    Shared,
     /// By how that differs from what it held.
     Delta {
         /// What the source believes that the target has.

@@ -53,6 +53,8 @@ pub struct Summary {
     pub lanes_lost: u32,
     /// Pages told as deltas.
     pub deltas: u64,
+    /// Pages told by name alone, which the target took from the source's RAM.
+    pub shared: u64,
     /// Those of them that did not fit what the target had.
     pub mismatches: u64,
 }

@@ -196,6 +196,11 @@ const PHASES: [(Side, Phase); 19] = [
 ];
 
 impl Plan {
+    /// Whether pages are told by name alone, and taken from the source's RAM.
+    pub(super) fn shares(&self) -> bool {
+        self.source.features.contains(Features::NEAR)
+    }
+
     /// Draws a plan.
     pub(super) fn draw(rng: &mut Rng) -> Self {
         let fastest_us = rng.pick(&[2, 10, 50]);
@@ -263,7 +268,15 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
 /// Each of them at least as often as not.
 fn features(rng: &mut Rng) -> Features {
     let deltas = rng.pick(&[Features::DELTA, Features::DELTA, Features::NONE]);
-    deltas.union(rng.pick(&[Features::NONE, Features::AHEAD]))
+    let ahead = rng.pick(&[Features::NONE, Features::AHEAD]);
+    // Both on one host.
+    let near = rng.pick(&[
+        Features::NONE,
+        Features::NONE,
+        Features::NONE,
+        Features::NEAR,
+    ]);
+    deltas.union(ahead).union(near)
 }
 
 fn lanes(rng: &mut Rng) -> LanePlan {

@@ -50,6 +50,8 @@ pub(super) struct World {
     pub(super) lanes: Vec<Lane>,
     pub(super) queue: Option<Queue>,
     pub(super) bases: Bases,
+    /// Pages that the target took from the source's RAM.
+    pub(super) shared: u64,
     /// What the latest scan has handed on, until its round is ordered.
     pub(super) scanned: Option<Feed>,
     /// Parts of guest RAM that the scan under way has still to get through.
@@ -116,6 +118,7 @@ impl World {
             lanes: Vec::new(),
             queue: None,
             bases: Bases::default(),
+            shared: 0,
             scanned: None,
             parts: VecDeque::new(),
             totals: LaneTotals::default(),
@@ -379,6 +382,7 @@ impl World {
             steps: self.steps,
             lanes_lost: self.source.report(Moment(self.now)).lanes_lost,
             deltas: self.bases.told,
+            shared: self.shared,
             mismatches: self.bases.mismatched,
         }
     }
