@@ -140,9 +140,16 @@ impl Encoder {
         } else {
             Haste::Throughput
         };
+        let queued = || lane.socket.and_then(|socket| queued_bytes(socket).ok());
+        let before = queued();
         let mut chooser = lock(&self.chooser);
         chooser.limit(lane.bandwidth);
-        let advice = chooser.advise(self.clock.now(), haste);
+        let mut advice = chooser.advise(self.clock.now(), haste);
+        if let (Advice::Pack(effort), Haste::Throughput, Some(queued)) =
+            (&mut advice, haste, before)
+        {
+            *effort = chooser.relieve(*effort, data_bytes, queued);
+        }
         drop(chooser);
         let mut packing = None;
         match advice {
@@ -157,8 +164,7 @@ impl Encoder {
                 }
             }),
         }
-        let queued = lane.socket.and_then(|socket| queued_bytes(socket).ok());
-        if let Some(queued) = queued {
+        if let Some(queued) = queued() {
             let sending = Sending {
                 round: lane.round,
                 lane: lane.index,
