@@ -322,7 +322,7 @@ mod scan {
     fn clean(bencher: Bencher<'_, '_>) {
         let (_turn, qemu, _control) = guest();
         let scanned = with_tracker(&qemu, |tracker| {
-            tracker.start(&mut |_, _| ())?;
+            tracker.start(&mut |_| ())?;
             tracker.collect(Rearm::Yes, &mut |_| ())?;
             bencher
                 .counter(BytesCount::new(GUEST_MIB << 20))
@@ -342,7 +342,7 @@ mod scan {
             stride: 4,
         };
         let scanned = with_tracker(&qemu, |tracker| {
-            tracker.start(&mut |_, _| ())?;
+            tracker.start(&mut |_| ())?;
             let tracker = std::cell::RefCell::new(tracker);
             bencher
                 .counter(BytesCount::new(GUEST_MIB << 20))

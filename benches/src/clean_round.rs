@@ -57,7 +57,7 @@ fn attach<T>(
 
 /// The median of some scans that find nothing.
 fn scan(tracker: &mut dyn Tracker) -> Result<Duration, VmmError> {
-    tracker.start(&mut |_, _| ())?;
+    tracker.start(&mut |_| ())?;
     // The first finds what was never protected.
     tracker.collect(Rearm::Yes, &mut |_| ())?;
     let mut times = Vec::new();

@@ -206,15 +206,25 @@ impl Found {
     }
 }
 
+/// What a tracker tells while it begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begun {
+    /// Every later write to these pages will be reported, by whomever it is made: vCPU, device emulation
+    /// or direct I/O. They may be read.
+    Watched(RegionIndex, PageRange),
+    /// These pages were zero when tracking began. What of them is written since is reported, as long as
+    /// it is not zero again; so nobody may read them before they are.
+    Empty(RegionIndex, PageRange),
+}
+
 /// Dirty tracking: which pages were written since they were last reported.
 pub trait Tracker: Send {
-    /// Begins. Tells `watched` a range as soon as every later write to it will be reported, by whomever
-    /// it is made: vCPU, device emulation or direct I/O. The engine reads these pages at once, from
-    /// other threads, so a range that is told too early loses memory; one that is not told at all is
-    /// only read later. When the call returns, all guest RAM is watched.
+    /// Begins. The engine reads pages as soon as they are told to be watched, from other threads, so a
+    /// range that is told too early loses memory; one that is not told at all is only read later. When
+    /// the call returns, all guest RAM is watched that was not told to be empty.
     ///
     /// Worth telling in pieces that take about a millisecond: meanwhile the lanes have work.
-    fn start(&mut self, watched: &mut dyn FnMut(RegionIndex, PageRange)) -> Result<(), VmmError>;
+    fn start(&mut self, begun: &mut dyn FnMut(Begun)) -> Result<(), VmmError>;
 
     /// Tells `found` every page written since it was last reported, or since it was watched. The order
     /// is the tracker's own.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ferry_engine::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
 use ferry_engine::linux::uffd::{Features, Mode, Uffd};
 use ferry_engine::linux::{RamTracker, TrackedRange, inject};
-use ferry_engine::vmm::{Found, Rearm, Tracker, VmmError};
+use ferry_engine::vmm::{Begun, Found, Rearm, Tracker, VmmError};
 use linux_child::{HUGE_PAGE, Ram, Tracked};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -104,7 +104,7 @@ fn reports_exactly_after(ram: &Ram, unit: u64, before: &BTreeSet<u64>) {
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
     write(&mut child, before);
-    tracker.start(&mut |_, _| ()).unwrap();
+    tracker.start(&mut |_| ()).unwrap();
     assert_eq!(collect(&mut tracker, Rearm::Yes), BTreeSet::new());
 
     let page = prop_oneof![4 => 0..PAGES, 1 => 0..64_u64, 1 => PAGES - 64..PAGES];
@@ -142,6 +142,7 @@ fn reports_exactly_after(ram: &Ram, unit: u64, before: &BTreeSet<u64>) {
 #[test]
 fn memfd_is_tracked_exactly() {
     reports_exactly_what_was_written(&Ram::memfd(RAM_BYTES), 1);
+    reports_exactly_after(&Ram::memfd(RAM_BYTES), 1, &BTreeSet::new());
 }
 
 #[test]
@@ -163,7 +164,7 @@ fn a_huge_page_that_appears_shows_what_was_written() {
     let ram = Ram::tmpfs(RAM_BYTES, "size=64M,huge=always");
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
-    tracker.start(&mut |_, _| ()).unwrap();
+    tracker.start(&mut |_| ()).unwrap();
     let block = BLOCK_PAGES as u64;
     let pages = BTreeSet::from([3 * block + 7, 5 * block]);
     write(&mut child, &pages);
@@ -186,7 +187,7 @@ fn what_was_never_touched_needs_no_page_tables() {
     let mut tracker = tracker_of(&child);
     write(&mut child, &(100..300).collect());
     let before = child.page_table_kib();
-    tracker.start(&mut |_, _| ()).unwrap();
+    tracker.start(&mut |_| ()).unwrap();
     let mut collected = |rearm| collect_of(&mut tracker, rearm, all);
     assert_eq!(collected(Rearm::Yes), BTreeSet::new());
     let taken = child.page_table_kib() - before;
@@ -227,7 +228,12 @@ fn loses_no_write(ram: &Ram) {
             .unwrap();
     };
     // What is watched may be read at once.
-    tracker.start(&mut |_, range| read(range)).unwrap();
+    let mut watched = |begun| {
+        if let Begun::Watched(_, range) = begun {
+            read(range);
+        }
+    };
+    tracker.start(&mut watched).unwrap();
     let mut refresh = |tracker: &mut RamTracker, rearm| {
         let mut ranges = Vec::new();
         tracker
@@ -273,6 +279,41 @@ fn no_write_is_lost_on_hugetlb() {
     loses_no_write(&Ram::hugetlb(RAM_BYTES));
 }
 
+/// The guest writes to a page that was empty, and gives it back before anybody looked: where it was read
+/// meanwhile nobody would ever hear that it is zero again.
+#[test]
+fn what_is_given_back_unseen_was_not_read() {
+    use std::os::unix::fs::FileExt;
+    let ram = Ram::memfd(RAM_BYTES);
+    let mut child = Tracked::start(ram.path());
+    let mut tracker = tracker_of(&child);
+    write(&mut child, &BTreeSet::from([0]));
+    let page = PAGES / 2;
+    let mut copy = vec![0; usize::try_from(RAM_BYTES).unwrap()];
+    let mut read = |range: PageRange| {
+        let bytes = range.bytes();
+        let place = usize::try_from(bytes.start).unwrap()..usize::try_from(bytes.end).unwrap();
+        ram.file
+            .read_exact_at(&mut copy[place], bytes.start)
+            .unwrap();
+    };
+    let mut begun = Vec::new();
+    tracker.start(&mut |part| begun.push(part)).unwrap();
+    write(&mut child, &BTreeSet::from([page]));
+    for part in begun {
+        if let Begun::Watched(_, range) = part {
+            read(range);
+        }
+    }
+    ram.punch(page * PAGE_SIZE as u64, PAGE_SIZE as u64);
+    for page in collect(&mut tracker, Rearm::Yes) {
+        read(PageRange::new(page, 1));
+    }
+    let mut now = vec![0; copy.len()];
+    ram.file.read_exact_at(&mut now, 0).unwrap();
+    assert!(now == copy, "the page was read, and not reported");
+}
+
 /// More memory than one thread looks at.
 #[test]
 fn a_look_in_parallel_is_exact() {
@@ -280,7 +321,7 @@ fn a_look_in_parallel_is_exact() {
     let ram = Ram::memfd(LARGE_BYTES);
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
-    tracker.start(&mut |_, _| ()).unwrap();
+    tracker.start(&mut |_| ()).unwrap();
     let last = LARGE_BYTES / PAGE_SIZE as u64 - 1;
     let pages: BTreeSet<_> = (0..=last).step_by(1_021).chain([last]).collect();
     write(&mut child, &pages);
@@ -301,7 +342,8 @@ fn watches_piece_by_piece() {
     let mut written = BTreeSet::new();
     let mut pieces = 0;
     tracker
-        .start(&mut |region, range| {
+        .start(&mut |begun| {
+            let (Begun::Watched(region, range) | Begun::Empty(region, range)) = begun;
             assert_eq!((region, range.first.0), (REGION, next), "in order");
             next = range.end().0;
             pieces += 1;
@@ -328,7 +370,7 @@ fn what_a_dead_engine_left_is_closed() {
     // It dies.
     drop(uffd);
     let mut tracker = tracker_of(&child);
-    tracker.start(&mut |_, _| ()).unwrap();
+    tracker.start(&mut |_| ()).unwrap();
     tracker.stop().unwrap();
     assert_eq!(child.descriptors(), before);
 }
@@ -340,8 +382,8 @@ fn leaves_the_descriptors_as_they_were() {
     let before = child.descriptors();
     let mut tracker = tracker_of(&child);
     for _ in 0..3 {
-        tracker.start(&mut |_, _| ()).unwrap();
-        tracker.start(&mut |_, _| ()).unwrap();
+        tracker.start(&mut |_| ()).unwrap();
+        tracker.start(&mut |_| ()).unwrap();
         // Not even meanwhile: a descriptor in there would outlive an engine that is killed.
         assert_eq!(child.descriptors(), before);
         write(&mut child, &BTreeSet::from([1]));
@@ -350,7 +392,7 @@ fn leaves_the_descriptors_as_they_were() {
         tracker.stop().unwrap();
         assert_eq!(child.descriptors(), before);
     }
-    tracker.start(&mut |_, _| ()).unwrap();
+    tracker.start(&mut |_| ()).unwrap();
     drop(tracker);
     assert_eq!(child.descriptors(), before);
     write(&mut child, &BTreeSet::from([2]));
@@ -371,15 +413,15 @@ fn a_start_that_fails_undoes_everything() {
     let mut upper = track(vec![range(middle..all.end)]);
     let mut both = track(vec![range(all.start..middle), range(middle..all.end)]);
     let mut lower = track(vec![range(all.start..middle)]);
-    upper.start(&mut |_, _| ()).unwrap();
+    upper.start(&mut |_| ()).unwrap();
     // Refused at its second range, when the first is registered already.
-    let refused = both.start(&mut |_, _| ());
+    let refused = both.start(&mut |_| ());
     assert!(
         matches!(refused, Err(VmmError::Unfit { .. })),
         "{refused:?}"
     );
     assert_eq!(child.descriptors(), before);
-    lower.start(&mut |_, _| ()).unwrap();
+    lower.start(&mut |_| ()).unwrap();
     lower.stop().unwrap();
     // The one that is at work is not disturbed.
     write(&mut child, &BTreeSet::from([5, PAGES / 2, PAGES - 1]));
@@ -394,7 +436,7 @@ fn a_process_that_has_ended_is_told_as_gone() {
     let ram = Ram::memfd(RAM_BYTES);
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
-    tracker.start(&mut |_, _| ()).unwrap();
+    tracker.start(&mut |_| ()).unwrap();
     let fresh = tracker.fresh().unwrap();
     child.kill();
     // A page worker's look may be the first to meet it. Older kernels find nothing.
@@ -409,6 +451,6 @@ fn a_process_that_has_ended_is_told_as_gone() {
         "{collected:?}"
     );
     tracker.stop().unwrap();
-    let started = tracker.start(&mut |_, _| ());
+    let started = tracker.start(&mut |_| ());
     assert!(matches!(started, Err(VmmError::Gone { .. })), "{started:?}");
 }

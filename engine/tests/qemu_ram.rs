@@ -31,7 +31,7 @@ fn regions_are_at(machine: &Machine, vm: &mut Vm, starts: &[(&str, u64)]) {
         names,
         starts.iter().map(|(name, _)| *name).collect::<Vec<_>>()
     );
-    vm.tracker.start(&mut |_, _| ()).unwrap();
+    vm.tracker.start(&mut |_| ()).unwrap();
     for (number, (_, start)) in starts.iter().enumerate() {
         let index = RegionIndex(u16::try_from(number).unwrap());
         let page_bytes = PAGE_SIZE as u64;

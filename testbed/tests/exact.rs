@@ -73,7 +73,7 @@ fn is_exact(machine: &Machine, unit: u64) {
         .block_on(Attached::attach(&address, &Options::default()))
         .unwrap();
     let mut tracker = attached.vm(Side::Source).unwrap().tracker;
-    tracker.start(&mut |_, _| ()).unwrap();
+    tracker.start(&mut |_| ()).unwrap();
     for order in orders() {
         control.carry_out(order, BOUND).unwrap();
         let expected = expected(order.pages(), unit);

@@ -67,7 +67,7 @@ fn moves(source: &Qemu, target: &Qemu, page: &StatusPage) {
     let there = target.counterpart(page);
     let probe = Probe::start(page.clone(), Some(there.clone()));
 
-    from.tracker.start(&mut |_, _| ()).unwrap();
+    from.tracker.start(&mut |_| ()).unwrap();
     for (index, region) in from.ram.layout().iter() {
         let copy = &mut |range| copy(&from, &to, index, range);
         from.ram.populated(index, region.all(), copy).unwrap();

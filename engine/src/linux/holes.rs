@@ -4,6 +4,9 @@
 //! and once more when tracking ends. Of a guest that was given far more memory than it uses that is most
 //! of the work. The file knows better: while it has no data for an address, nobody can have written
 //! there. Where data appears, it was written since tracking began, and from then on the page tables tell.
+//! Until then nobody reads it: a page that is given back before it was seen here was zero all the while.
+//! (Its page tables are not asked whether asynchronous write-protection is at work there: the first
+//! protection of a block asks.)
 //!
 //! Measured on 2 cores, a guest of 8 GiB with 0.5 GiB in use: processor time of all scans of a move,
 //! their beginning and end included, 180 ms without this, 22 ms with; the scan in the blackout
@@ -17,6 +20,10 @@ use super::RamFile;
 
 /// Bytes whose page table is made as a whole: one entry of the level above, on x86-64.
 pub(super) const BLOCK_BYTES: u64 = 2 << 20;
+
+/// Fewer empty blocks between others count as not empty: to look for data in them takes a system call,
+/// which is dearer than the page tables of so few.
+const FEWEST_EMPTY: u64 = 4;
 
 /// Which blocks of a range of addresses have no data in the file behind them.
 #[derive(Debug)]
@@ -48,7 +55,10 @@ impl Holes {
         while block < blocks {
             let data = holes.next_data(holes.addresses_of(block).start)?;
             let next = data.map_or(blocks, |address| holes.block_of(address));
-            (block..next.min(blocks)).for_each(|empty| holes.set_empty(empty));
+            let empty = block..next.min(blocks);
+            if empty.end - block >= FEWEST_EMPTY {
+                empty.for_each(|block| holes.set_empty(block));
+            }
             block = next + 1;
         }
         Ok(holes)

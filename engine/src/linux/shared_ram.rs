@@ -375,7 +375,10 @@ impl Backing {
             return mapping.write(within, from);
         }
         match self.writing.try_lock() {
-            Err(TryLockError::WouldBlock) if self.file.is_tmpfs() => mapping.write(within, from),
+            // Where the kernel cannot map ahead, or there is no room, the file does, or tells which.
+            Err(TryLockError::WouldBlock) if self.file.is_tmpfs() => mapping
+                .write(within, from)
+                .or_else(|_| self.file.write(offset, from)),
             // What a panic has left is nothing but the lock.
             _held => self.file.write(offset, from),
         }

@@ -23,7 +23,7 @@ use super::pagemap::Pagemap;
 use super::uffd::{Features, Mode, RangeIoctls, Uffd};
 use super::{Access, Error, Process, RamFile, RemoteFd, inject, maps};
 use crate::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
-use crate::vmm::{Found, Fresh, Rearm, Tracker, VmmError};
+use crate::vmm::{Begun, Found, Fresh, Rearm, Tracker, VmmError};
 
 /// What the kernel calls a userfaultfd under `/proc/PID/fd`.
 const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
@@ -69,7 +69,7 @@ impl RamTracker {
         }
     }
 
-    fn begin(&self, watched: &mut dyn FnMut(RegionIndex, PageRange)) -> Result<Watch, Error> {
+    fn begin(&self, begun: &mut dyn FnMut(Begun)) -> Result<Watch, Error> {
         close_leftovers(&self.process)?;
         // Dropped on every error below, which undoes all that came before.
         let watch = Watch::new(Arc::clone(&self.process), &self.ranges)?;
@@ -83,7 +83,7 @@ impl RamTracker {
                 });
             }
         }
-        watch.protect_all(watched)?;
+        watch.protect_all(begun)?;
         Ok(watch)
     }
 }
@@ -97,9 +97,9 @@ impl RamTracker {
 }
 
 impl Tracker for RamTracker {
-    fn start(&mut self, watched: &mut dyn FnMut(RegionIndex, PageRange)) -> Result<(), VmmError> {
+    fn start(&mut self, begun: &mut dyn FnMut(Begun)) -> Result<(), VmmError> {
         if self.watch.is_none() {
-            self.watch = Some(self.begin(watched)?);
+            self.watch = Some(self.begin(begun)?);
         }
         Ok(())
     }
@@ -315,15 +315,23 @@ impl Watch {
         })
     }
 
-    /// Has every later write reported, and tells so piece by piece.
-    fn protect_all(&self, watched: &mut dyn FnMut(RegionIndex, PageRange)) -> Result<(), Error> {
+    /// Has every later write reported, and tells so part by part.
+    ///
+    /// A part that is empty is not to be read before it is collected, when it is protected. Else what is
+    /// written there, read, and given back by the guest would be empty again when it is looked at, and
+    /// never reported.
+    fn protect_all(&self, begun: &mut dyn FnMut(Begun)) -> Result<(), Error> {
         let protected = self.pieces().try_for_each(|Piece { of, addresses }| {
+            let region = of.range.region;
             for (part, holes) in of.parts(&addresses) {
-                if holes.is_none() {
+                let pages = of.range.pages(&part);
+                if holes.is_some() {
+                    begun(Begun::Empty(region, pages));
+                } else {
                     of.protect(&self.pagemap, &part)?;
+                    begun(Begun::Watched(region, pages));
                 }
             }
-            watched(of.range.region, of.range.pages(&addresses));
             Ok(())
         });
         self.process.check_alive()?;

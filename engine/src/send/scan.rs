@@ -9,7 +9,7 @@ use crate::core::layout::{PageRange, RegionIndex};
 use crate::core::message::{Input, Step};
 use crate::core::pageset::PageSet;
 use crate::lanes::feed::Feed;
-use crate::vmm::{Found, Fresh, Ram, Rearm, VmmError};
+use crate::vmm::{Begun, Found, Fresh, Ram, Rearm, VmmError};
 
 use super::{Driver, TrackSide};
 
@@ -54,9 +54,12 @@ fn start(
         feed,
     };
     let mut trouble = Ok(());
-    side.tracker.start(&mut |region, range| {
+    side.tracker.start(&mut |begun| {
         if trouble.is_ok() {
-            trouble = populated.watched(region, range);
+            trouble = match begun {
+                Begun::Watched(region, range) => populated.watched(region, range),
+                Begun::Empty(region, range) => populated.empty(region, range),
+            };
         }
     })?;
     trouble?;
@@ -69,12 +72,12 @@ fn start(
 /// Looks for what guest RAM holds, once it is watched.
 struct Populated<'a> {
     ram: &'a dyn Ram,
-    /// What was not told to be watched.
+    /// What was not told to be watched, or to be empty.
     unwatched: PageSet,
     /// What is known to hold something and was not handed on. That goes beyond what is watched: to
     /// find where data ends may mean to look at all of it.
     known: PageSet,
-    /// What was ever known to hold something.
+    /// What was ever known to hold something, and is sent in the first round.
     all: PageSet,
     feed: &'a Feed,
 }
@@ -88,6 +91,15 @@ impl Populated<'_> {
         while let Some((_, run)) = fresh.next_run(at, u64::MAX) {
             at = run.end();
             self.hand_on(region, run)?;
+        }
+        Ok(())
+    }
+
+    /// `range` is left to the first collection, which reports what appears there.
+    fn empty(&mut self, region: RegionIndex, range: PageRange) -> Result<(), VmmError> {
+        let failed = |outside| VmmError::failed("a tracker found empty", outside);
+        for set in [&mut self.unwatched, &mut self.known, &mut self.all] {
+            set.take(region, range).map_err(failed)?;
         }
         Ok(())
     }
@@ -109,7 +121,7 @@ impl Populated<'_> {
         Ok(())
     }
 
-    /// All guest RAM is watched, told or not.
+    /// All guest RAM is watched that is not empty, told or not.
     fn all_watched(mut self) -> Result<PageSet, VmmError> {
         let left: Vec<_> = self.unwatched.ranges().collect();
         left.into_iter()

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ferry_engine::core::layout::{Layout, PAGE_SIZE, PageRange, RegionIndex};
-use ferry_engine::vmm::{Found, Fresh, Ram, RamWindow, Rearm, Tracker, VmmError};
+use ferry_engine::vmm::{Begun, Found, Fresh, Ram, RamWindow, Rearm, Tracker, VmmError};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek64};
@@ -280,7 +280,7 @@ pub(super) struct LogTracker {
 impl Tracker for LogTracker {
     /// The log covers all RAM as soon as it is on; it is told in pieces all the same, and of the last
     /// region nothing is told at all.
-    fn start(&mut self, watched: &mut dyn FnMut(RegionIndex, PageRange)) -> Result<(), VmmError> {
+    fn start(&mut self, begun: &mut dyn FnMut(Begun)) -> Result<(), VmmError> {
         self.faults.hit(Call::TrackerStart)?;
         self.memory.log.clear();
         self.memory.log.on.store(true, Ordering::SeqCst);
@@ -288,8 +288,9 @@ impl Tracker for LogTracker {
         let told = self.memory.layout.iter().count().saturating_sub(1).max(1);
         for (index, region) in regions.take(told) {
             let half = region.pages() / 2;
-            watched(index, PageRange::new(half, region.pages() - half));
-            watched(index, PageRange::new(0, half));
+            let upper = PageRange::new(half, region.pages() - half);
+            begun(Begun::Watched(index, upper));
+            begun(Begun::Watched(index, PageRange::new(0, half)));
         }
         Ok(())
     }
