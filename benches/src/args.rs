@@ -1,12 +1,14 @@
 //! The arguments, and the plan that they make.
 
 use std::error::Error;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
 use ferry_benches::case::{Case, Wire};
 use ferry_benches::guest::{Own, Verifies};
+use ferry_benches::hold;
 use ferry_benches::hosts::There;
 use ferry_benches::matrix::Plan;
 use ferry_benches::peer::{Compression, Peer};
@@ -61,7 +63,7 @@ pub(crate) struct What {
     peers: Option<Vec<Peer>>,
     /// Moves by each way; 5 without, 2 with --quick
     #[arg(long)]
-    runs: Option<usize>,
+    runs: Option<NonZeroUsize>,
     /// On one machine: have guests verify their memory only after Ferry's moves, to save time
     #[arg(long)]
     trust_qemu: bool,
@@ -123,14 +125,14 @@ pub(crate) struct Told {
     /// Write a page with charts to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) html: Option<PathBuf>,
-    /// Write a baseline to this file
+    /// Write this run's ratios to this file, for --compare
     #[arg(long, value_name = "FILE")]
-    pub(crate) baseline: Option<PathBuf>,
-    /// Fail when ferry misses a figure that must hold; of a quick run, only when a page is bad or a
-    /// move fails
+    pub(crate) save_baseline: Option<PathBuf>,
+    /// Fail when a figure that must hold of the cases run is missed or unknown; of a quick run, only
+    /// when a page is bad or a move fails. Adds moves by ferry where 10 are needed
     #[arg(long)]
     pub(crate) check: bool,
-    /// Fail when ferry has got worse than in this baseline
+    /// Fail when ferry has got worse than in this baseline, or a figure of it is no longer measured
     #[arg(long, value_name = "FILE")]
     pub(crate) compare: Option<PathBuf>,
 }
@@ -155,7 +157,8 @@ impl Args {
             cases,
             quick,
             peers: self.what.peers.clone().or(quick_peers),
-            runs: self.what.runs.unwrap_or(runs),
+            runs: self.what.runs.map_or(runs, NonZeroUsize::get),
+            least_ferry_moves: if self.told.check { hold::LONGEST_OF } else { 0 },
             there: self.there.find()?,
             own,
             verifies: if self.what.trust_qemu {

@@ -7,6 +7,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::fs;
+use std::io;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +36,26 @@ pub struct Baseline {
     pub cases: BTreeMap<String, BTreeMap<String, Spread>>,
 }
 
+/// A figure of a baseline, as it is now.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Now {
+    /// The ratio.
+    Ratio(Spread),
+    /// QEMU's best has lost next to nothing: a ratio to that says nothing.
+    SaysNothing,
+    /// It is not there: no move came through by one of the two sides, or not all of QEMU's did.
+    NotMeasured,
+}
+
+impl Now {
+    fn ratio(self) -> Option<Spread> {
+        match self {
+            Self::Ratio(spread) => Some(spread),
+            Self::SaysNothing | Self::NotMeasured => None,
+        }
+    }
+}
+
 /// One figure, then and now.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Change {
@@ -41,15 +64,29 @@ pub struct Change {
     /// In the baseline.
     pub then: Spread,
     /// Now.
-    pub now: Spread,
+    pub now: Now,
     /// What its median may be at most.
     pub allowed: f64,
 }
 
 impl Change {
-    /// Whether it has got worse beyond the noise.
+    /// Whether it has got worse beyond the noise, or is no longer measured.
     pub fn is_regression(&self) -> bool {
-        self.now.median > self.allowed && self.now.median > self.then.max
+        match self.now {
+            Now::Ratio(now) => now.median > self.allowed && now.median > self.then.max,
+            Now::SaysNothing => false,
+            Now::NotMeasured => true,
+        }
+    }
+
+    /// In a word or two; nothing where it is as good as it was.
+    pub fn verdict(&self) -> &'static str {
+        match self.now {
+            Now::NotMeasured => "no longer measured",
+            Now::SaysNothing => "QEMU lost nothing",
+            Now::Ratio(_) if self.is_regression() => "WORSE",
+            Now::Ratio(_) => "",
+        }
     }
 }
 
@@ -58,7 +95,7 @@ impl Baseline {
     pub fn of(figures: &Figures) -> Self {
         let case = |case: &CaseFigures| {
             let ratios = FIGURES.iter().filter_map(|(measure, _)| {
-                Some((measure.name.to_owned(), ratios(case, *measure)?))
+                Some((measure.name.to_owned(), now(case, *measure).ratio()?))
             });
             (case.name.clone(), ratios.collect())
         };
@@ -70,26 +107,36 @@ impl Baseline {
         }
     }
 
-    /// Everything that both have.
+    /// Whether a run of cases of this size compares with it.
     ///
     /// # Errors
-    /// When they cannot be compared, or have nothing in common: who compares nothing finds nothing.
-    pub fn compare(&self, now: &Self) -> Result<Vec<Change>, Incomparable> {
-        if self.quick != now.quick {
-            return Err(Incomparable::Sizes);
+    /// When it does not.
+    pub fn compares_with(&self, is_quick: bool) -> Result<(), Incomparable> {
+        if self.quick == is_quick {
+            Ok(())
+        } else {
+            Err(Incomparable::Sizes)
         }
+    }
+
+    /// Everything in it, but for the cases that were not to be measured now.
+    ///
+    /// # Errors
+    /// When the two cannot be compared, or have nothing in common: who compares nothing finds nothing.
+    pub fn compare(&self, figures: &Figures) -> Result<Vec<Change>, Incomparable> {
+        self.compares_with(figures.quick)?;
         let mut changes = Vec::new();
-        for (case, figures) in &self.cases {
+        let planned = |name: &&String| figures.is_planned(name);
+        for name in self.cases.keys().filter(planned) {
+            let case = figures.case(name);
             for (measure, tolerance) in FIGURES {
-                let then = figures.get(measure.name);
-                let later = now.cases.get(case).and_then(|it| it.get(measure.name));
-                let (Some(&then), Some(&now)) = (then, later) else {
+                let Some(&then) = self.cases[name].get(measure.name) else {
                     continue;
                 };
                 changes.push(Change {
-                    what: format!("{case}: {}", measure.name),
+                    what: format!("{name}: {}", measure.name),
                     then,
-                    now,
+                    now: case.map_or(Now::NotMeasured, |case| now(case, measure)),
                     allowed: then.median * (1.0 + tolerance),
                 });
             }
@@ -98,6 +145,32 @@ impl Baseline {
             return Err(Incomparable::NothingInCommon);
         }
         Ok(changes)
+    }
+
+    /// The cases in it that were not to be measured now.
+    pub fn not_asked<'a>(&'a self, figures: &Figures) -> Vec<&'a str> {
+        let names = self.cases.keys().map(String::as_str);
+        names.filter(|name| !figures.is_planned(name)).collect()
+    }
+
+    /// Writes it to a file: all of it, or what was there before stays.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save(&self, path: &Path) -> io::Result<()> {
+        let text = serde_json::to_string_pretty(self)?;
+        // Where a link points to; what is not there yet, or no file at all, has its own name.
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if fs::metadata(&path).is_ok_and(|it| !it.is_file()) {
+            return fs::write(&path, text);
+        }
+        let mut new = path.clone().into_os_string();
+        new.push(format!(".{}.new", std::process::id()));
+        let written = fs::write(&new, text).and_then(|()| fs::rename(&new, &path));
+        if written.is_err() {
+            _ = fs::remove_file(&new);
+        }
+        written
     }
 }
 
@@ -115,13 +188,18 @@ pub enum Incomparable {
     NothingInCommon,
 }
 
-fn ratios(case: &CaseFigures, measure: Measure) -> Option<Spread> {
-    let (ours, theirs) = measure.sides(case)?;
-    let best = theirs.median(measure.of)?;
-    if measure.name == LOST.name && best < LEAST_LOSS_S {
-        return None;
+fn now(case: &CaseFigures, measure: Measure) -> Now {
+    let Ok((ours, theirs)) = measure.sides(case) else {
+        return Now::NotMeasured;
+    };
+    let (ours, best) = (ours.spread(measure.of), theirs.median(measure.of));
+    match (ours, best) {
+        (Some(_), Some(best)) if measure.name == LOST.name && best < LEAST_LOSS_S => {
+            Now::SaysNothing
+        }
+        (Some(ours), Some(best)) => Now::Ratio(ours.over(best)),
+        _ => Now::NotMeasured,
     }
-    Some(ours.spread(measure.of)?.over(best))
 }
 
 /// The comparison for people.
@@ -135,18 +213,14 @@ pub fn table(changes: &[Change]) -> String {
             let Spread { median, min, max } = spread;
             format!("{median:.2} ({min:.2} – {max:.2})")
         };
-        let word = if change.is_regression() {
-            "  WORSE"
-        } else {
-            ""
-        };
         _ = writeln!(
             text,
-            "{:<24}{:>22}{:>22}{:>9.2}{word}",
+            "{:<24}{:>22}{:>22}{:>9.2}  {}",
             change.what,
             cell(change.then),
-            cell(change.now),
+            change.now.ratio().map_or_else(|| "-".into(), cell),
             change.allowed.max(change.then.max),
+            change.verdict(),
         );
     }
     text
@@ -155,13 +229,14 @@ pub fn table(changes: &[Change]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hold;
 
     fn change(then: [f64; 3], now: f64, allowed: f64) -> Change {
         let [min, median, max] = then;
         Change {
             what: "case: total".into(),
             then: Spread { median, min, max },
-            now: Spread::of([now]).unwrap(),
+            now: Now::Ratio(Spread::of([now]).unwrap()),
             allowed,
         }
     }
@@ -173,5 +248,62 @@ mod tests {
         assert!(!change(then, 1.25, 1.15).is_regression());
         assert!(change(then, 1.31, 1.15).is_regression());
         assert!(!change([0.99, 1.0, 1.01], 1.1, 1.15).is_regression());
+    }
+
+    #[test]
+    fn what_is_no_longer_measured_is_a_regression() {
+        let then = hold::tests::figures(&[100.0; 10]);
+        let base = Baseline::of(&then);
+        let regressions = |now: &Figures| {
+            let changes = base.compare(now).unwrap();
+            let worse = changes.into_iter().filter(Change::is_regression);
+            worse.map(|change| change.what).collect::<Vec<_>>()
+        };
+        assert_eq!(regressions(&then), Vec::<String>::new());
+        let mut now = then.clone();
+        now.cases[0].series[0].moves.clear();
+        assert!(regressions(&now).contains(&"writes: total".into()));
+        now = then.clone();
+        now.cases[0].series[2].failures.push("no reason".into());
+        assert!(regressions(&now).contains(&"writes: total".into()));
+        now.cases.clear();
+        assert!(regressions(&now).contains(&"writes: total".into()));
+        // What was not to be measured is not missing, but nothing else is left to compare.
+        now.planned = vec!["idle".into()];
+        assert_eq!(base.not_asked(&now), ["writes"]);
+        let nothing = base.compare(&now).unwrap_err();
+        assert_eq!(nothing, Incomparable::NothingInCommon);
+    }
+
+    #[test]
+    fn a_loss_too_small_for_a_ratio_is_no_regression() {
+        let then = hold::tests::figures(&[100.0; 10]);
+        let mut now = then.clone();
+        for series in &mut now.cases[0].series[1..] {
+            for run in &mut series.moves {
+                run.guest.as_mut().unwrap().lost_s = 0.001;
+            }
+        }
+        let changes = Baseline::of(&then).compare(&now).unwrap();
+        let lost = changes.iter().find(|it| it.what == "writes: lost").unwrap();
+        assert_eq!(lost.now, Now::SaysNothing);
+        assert!(!lost.is_regression());
+    }
+
+    #[test]
+    fn a_baseline_is_written_as_a_whole() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("base.json");
+        fs::write(&path, "what was there").unwrap();
+        let before = fs::File::open(&path).unwrap();
+        let base = Baseline::of(&hold::tests::figures(&[100.0]));
+        base.save(&path).unwrap();
+        let after: Baseline = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert!(after.cases.keys().eq(base.cases.keys()));
+        // Whoever reads the old one has it to the end, and nothing else lies there.
+        let old = io::read_to_string(before).unwrap();
+        assert_eq!(old, "what was there");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert!(base.save(&folder.path().join("none/base.json")).is_err());
     }
 }

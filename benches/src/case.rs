@@ -168,6 +168,17 @@ impl Case {
         self
     }
 
+    /// Moves by plain `ferry` for each of `runs` moves by another way, so that where a limit must never
+    /// be missed there are `least` in the end.
+    pub fn ferry_moves_of(&self, runs: usize, least: usize) -> usize {
+        let is_limit_judged = self.ferry_moves > 1;
+        if is_limit_judged && runs > 0 {
+            self.ferry_moves.max(least.div_ceil(runs))
+        } else {
+            self.ferry_moves
+        }
+    }
+
     /// The whole matrix.
     pub fn all() -> Vec<Self> {
         let plain = Conditions::PLAIN;
@@ -297,5 +308,24 @@ impl Case {
         };
         let is_quick = |case: &&Self| ["writes", "link-text", "blackout"].contains(&case.name);
         all.iter().filter(is_quick).map(small).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_runs_are_made_up_for_where_the_longest_blackout_is_judged() {
+        let cases = Case::all();
+        let case = |name| cases.iter().find(|case| case.name == name).unwrap();
+        let moves = |name, runs| runs * case(name).ferry_moves_of(runs, 10);
+        for runs in [1, 3, 5] {
+            assert!(moves("writes", runs) >= 10, "{runs}");
+            assert_eq!(moves("idle", runs), runs);
+        }
+        assert_eq!(case("writes").ferry_moves_of(3, 0), 2);
+        let quick = Case::quick(&cases);
+        assert!(quick.iter().all(|case| case.ferry_moves_of(2, 10) == 1));
     }
 }

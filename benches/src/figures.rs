@@ -165,6 +165,9 @@ pub struct CaseFigures {
     pub series: Vec<Series>,
     /// What a round costs in which nothing is dirty, in ms for each GiB of guest RAM.
     pub clean_round_ms_per_gib: Option<f64>,
+    /// What could not be measured besides moves, and why.
+    #[serde(default)]
+    pub problems: Vec<String>,
 }
 
 impl CaseFigures {
@@ -196,6 +199,10 @@ pub struct Figures {
     pub runs: usize,
     /// Whether the cases were the small ones.
     pub quick: bool,
+    /// The names of the cases that were to be measured: of a run that was cut short, more than are here.
+    /// None in figures that know nothing of it, which stand for all.
+    #[serde(default)]
+    pub planned: Vec<String>,
     /// The cases.
     pub cases: Vec<CaseFigures>,
     /// What was not measured, and why.
@@ -206,6 +213,11 @@ impl Figures {
     /// A case by its name.
     pub fn case(&self, name: &str) -> Option<&CaseFigures> {
         self.cases.iter().find(|case| case.name == name)
+    }
+
+    /// Whether a case was to be measured.
+    pub fn is_planned(&self, name: &str) -> bool {
+        self.planned.is_empty() || self.planned.iter().any(|case| case == name)
     }
 }
 

@@ -8,6 +8,9 @@ use crate::peer::Peer;
 /// Engine memory besides guest RAM, in MiB.
 const ENGINE_MEMORY_MIB: f64 = 64.0;
 
+/// The longest blackout counts as that of so many moves by plain `ferry`: the longest of fewer says less.
+pub const LONGEST_OF: usize = 10;
+
 /// One figure.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
@@ -17,16 +20,54 @@ pub struct Row {
     pub what: &'static str,
     /// What it may be at most.
     pub limit: f64,
-    /// What it is; nothing where the case or one of the two sides was not measured.
-    pub measured: Option<f64>,
+    /// What it is, or why nobody knows.
+    pub measured: Result<f64, Unknown>,
     /// What it comes from.
     pub from: String,
+}
+
+/// Why a figure is unknown.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unknown {
+    /// Nobody wanted it.
+    #[error("the case was not asked for")]
+    NotAsked,
+    /// The case is not among those measured.
+    #[error("the case was not measured")]
+    NoCase,
+    /// No move came through.
+    #[error("no move by {0}")]
+    NoMove(Peer),
+    /// None by any of QEMU's ways.
+    #[error("no move by QEMU's own ways")]
+    NoMoveByQemu,
+    /// What it is compared with might have been better, had all of it come through.
+    #[error("{failed} of {all} moves by {way} failed")]
+    Failed {
+        /// The way.
+        way: String,
+        /// Moves that came to nothing.
+        failed: usize,
+        /// All moves.
+        all: usize,
+    },
+    /// The most of too few.
+    #[error("{moves} moves, {LONGEST_OF} are needed")]
+    TooFew {
+        /// How many there are.
+        moves: usize,
+    },
+    /// The moves tell nothing of it.
+    #[error("it was not measured")]
+    NotMeasured,
 }
 
 impl Row {
     /// Whether it holds; nothing when it was not measured.
     pub fn holds(&self) -> Option<bool> {
-        self.measured.map(|measured| measured <= self.limit)
+        let measured = self.measured.as_ref().ok()?;
+        Some(*measured <= self.limit)
     }
 }
 
@@ -51,32 +92,57 @@ pub fn rows(figures: &Figures) -> Vec<Row> {
     ]
 }
 
-/// What is missed, a line each: a figure above its limit, a page that the guest found bad, a move that
-/// failed. A quick run has other guests than those that the limits are for.
+/// What is missed, a line each: a figure above its limit or unknown, of the cases that were to be
+/// measured, and whatever is [`broken`]. A quick run has other guests than those that the limits are for.
 pub fn missed(figures: &Figures) -> Vec<String> {
-    let above = |row: &Row| {
-        let measured = row.measured.filter(|_| row.holds() == Some(false))?;
+    let mut missed = broken(figures);
+    if figures.quick {
+        return missed;
+    }
+    let rows = rows(figures);
+    let judged = || rows.iter().filter(|row| figures.is_planned(row.case));
+    if judged().next().is_none() {
+        missed.push("none of these cases has a figure that must hold".into());
+    }
+    missed.extend(judged().filter_map(|row| {
         let Row {
             case, what, limit, ..
         } = row;
-        Some(format!("{case}: {what}: {measured:.2}, at most {limit:.2}"))
-    };
-    let mut missed: Vec<String> = Vec::new();
-    if !figures.quick {
-        missed.extend(rows(figures).iter().filter_map(above));
-    }
+        match &row.measured {
+            Ok(_) if row.holds() == Some(true) => None,
+            Ok(measured) => Some(format!("{case}: {what}: {measured:.2}, at most {limit:.2}")),
+            Err(unknown) => Some(format!("{case}: {what}: unknown: {unknown}")),
+        }
+    }));
+    missed
+}
+
+/// What no run may have, a line each: a page that the guest found bad, a move of Ferry's that failed, a
+/// way by which no move came through, a case without any.
+pub fn broken(figures: &Figures) -> Vec<String> {
+    let mut broken: Vec<String> = Vec::new();
     for case in &figures.cases {
-        for series in case.series.iter().filter(|series| series.peer.is_ferry()) {
-            let bad: u64 = series.moves.iter().map(Move::bad).sum();
-            if bad > 0 {
-                missed.push(format!("{}: {}: {bad} bad pages", case.name, series.peer));
+        if case.series.is_empty() {
+            broken.push(format!("{}: nothing was measured", case.name));
+        }
+        for series in &case.series {
+            let mut tell = |what| broken.push(format!("{}: {}: {what}", case.name, series.label()));
+            if series.peer.is_ferry() {
+                let bad: u64 = series.moves.iter().map(Move::bad).sum();
+                if bad > 0 {
+                    tell(format!("{bad} bad pages"));
+                }
+                series.failures.iter().cloned().for_each(&mut tell);
             }
-            for failure in &series.failures {
-                missed.push(format!("{}: {}: {failure}", case.name, series.peer));
+            if series.moves.is_empty() {
+                tell("no move came through".into());
             }
         }
     }
-    missed
+    if figures.cases.is_empty() {
+        broken.push("nothing was measured".into());
+    }
+    broken
 }
 
 /// The rows as a table.
@@ -93,7 +159,7 @@ pub fn table(rows: &[Row]) -> String {
                 "-".into()
             }
         };
-        let measured = number(row.measured.unwrap_or(f64::NAN));
+        let measured = number(*row.measured.as_ref().unwrap_or(&f64::NAN));
         let limit = number(row.limit);
         let verdict = verdict(row);
         _ = writeln!(
@@ -160,10 +226,14 @@ pub const BLACKOUT: Measure = Measure {
 };
 
 impl Measure {
-    /// Plain `ferry`'s moves, and QEMU's best way, where both were measured.
-    pub fn sides(self, case: &CaseFigures) -> Option<(&Series, &Series)> {
-        let ours = case.series_of(Peer::Ferry)?;
-        Some((ours, case.best_of_qemu(self.best_by)?))
+    /// Plain `ferry`'s moves, and QEMU's best way, where both were measured and all of QEMU's moves came
+    /// through: who fails may have been the best.
+    pub fn sides(self, case: &CaseFigures) -> Result<(&Series, &Series), Unknown> {
+        let ours = of_peer(case, Peer::Ferry)?;
+        let theirs = case.series.iter().filter(|series| series.peer.is_qemu());
+        theirs.clone().try_for_each(all_came_through)?;
+        let best = case.best_of_qemu(self.best_by);
+        Ok((ours, best.ok_or(Unknown::NoMoveByQemu)?))
     }
 }
 
@@ -178,12 +248,14 @@ impl Book<'_> {
         name: &'static str,
         what: &'static str,
         limit: f64,
-        measure: impl FnOnce(&CaseFigures) -> Option<(f64, [String; N])>,
+        measure: impl FnOnce(&CaseFigures) -> Result<(f64, [String; N]), Unknown>,
     ) -> Row {
-        let found = self.figures.case(name).and_then(measure);
-        let (measured, from) = match found {
-            Some((measured, from)) => (Some(measured), from.join(" / ")),
-            None => (None, String::new()),
+        let (measured, from) = match self.case(name).and_then(measure) {
+            Ok((measured, from)) => (Ok(measured), from.join(" / ")),
+            Err(unknown) => {
+                let why = unknown.to_string();
+                (Err(unknown), why)
+            }
         };
         Row {
             case: name,
@@ -194,13 +266,22 @@ impl Book<'_> {
         }
     }
 
+    fn case(&self, name: &str) -> Result<&CaseFigures, Unknown> {
+        let why = if self.figures.is_planned(name) {
+            Unknown::NoCase
+        } else {
+            Unknown::NotAsked
+        };
+        self.figures.case(name).ok_or(why)
+    }
+
     fn ratio(&self, name: &'static str, measure: Measure, limit: f64) -> Row {
         self.row(name, measure.what, limit, |case| {
             let (ours, theirs) = measure.sides(case)?;
-            let (mine, best) = (ours.median(measure.of)?, theirs.median(measure.of)?);
+            let (mine, best) = (median(ours, measure.of)?, median(theirs, measure.of)?);
             let from = [(ours, mine), (theirs, best)]
                 .map(|(series, figure)| format!("{} {figure:.2}", series.label()));
-            Some((mine / best, from))
+            Ok((mine / best, from))
         })
     }
 
@@ -208,10 +289,10 @@ impl Book<'_> {
     fn lost(&self, name: &'static str) -> Row {
         let sides = |case| {
             let (ours, theirs) = LOST.sides(case)?;
-            let best = theirs.median(LOST.of)?;
-            Some((ours.median(LOST.of)?, best.max(0.0), theirs.label()))
+            let best = median(theirs, LOST.of)?;
+            Ok((median(ours, LOST.of)?, best.max(0.0), theirs.label()))
         };
-        let found = self.figures.case(name).and_then(sides);
+        let found = self.case(name).and_then(sides);
         let limit = found.as_ref().map_or(f64::NAN, |(_, best, _)| *best);
         self.row(name, "progress lost, s, QEMU's best at most", limit, |_| {
             found.map(|(mine, _, label)| (mine.max(0.0), [format!("the limit is {label}")]))
@@ -220,8 +301,8 @@ impl Book<'_> {
 
     fn median_blackout(&self, name: &'static str, limit_ms: f64) -> Row {
         self.row(name, "blackout, median, ms", limit_ms, |case| {
-            let ours = case.series_of(Peer::Ferry)?;
-            Some((ours.median(BLACKOUT.of)?, [moves(ours)]))
+            let ours = of_peer(case, Peer::Ferry)?;
+            Ok((median(ours, BLACKOUT.of)?, [moves(ours)]))
         })
     }
 
@@ -231,41 +312,71 @@ impl Book<'_> {
             .case(name)
             .map_or(f64::NAN, |case| number(case.conditions.downtime_limit_ms));
         self.row(name, "blackout, the longest, ms", limit_ms, |case| {
-            let ours = case.series_of(Peer::Ferry)?;
-            Some((ours.spread(BLACKOUT.of)?.max, [moves(ours)]))
+            let ours = of_peer(case, Peer::Ferry)?;
+            let moved = ours.moves.len();
+            if moved < LONGEST_OF {
+                return Err(Unknown::TooFew { moves: moved });
+            }
+            let spread = ours.spread(BLACKOUT.of).ok_or(Unknown::NotMeasured)?;
+            Ok((spread.max, [moves(ours)]))
         })
     }
 
     fn over_switchover(&self, name: &'static str, limit: f64) -> Row {
         let what = "blackout, ratio to an empty switchover";
         self.row(name, what, limit, |case| {
-            let median = |peer| case.series_of(peer)?.median(BLACKOUT.of);
-            let (ours, empty) = (median(Peer::Ferry)?, median(Peer::Switchover)?);
+            let switchover = case.series.iter();
+            let mut switchover = switchover.filter(|it| it.peer == Peer::Switchover);
+            switchover.try_for_each(all_came_through)?;
+            let of = |peer| median(of_peer(case, peer)?, BLACKOUT.of);
+            let (ours, empty) = (of(Peer::Ferry)?, of(Peer::Switchover)?);
             let from = [("ferry", ours), ("switchover", empty)]
                 .map(|(name, ms)| format!("{name} {ms:.2}"));
-            Some((ours / empty, from))
+            Ok((ours / empty, from))
         })
     }
 
     fn engine_memory(&self, name: &'static str) -> Row {
         let what = "engine memory, the greater side, MiB";
         self.row(name, what, ENGINE_MEMORY_MIB, |case| {
-            let ours = case.series_of(Peer::Ferry)?;
+            let ours = of_peer(case, Peer::Ferry)?;
             let peak = ours.spread(|run| {
                 let engine = run.engine.as_ref();
-                let kib = engine.map_or(0, |it| it.source_peak_kib.max(it.target_peak_kib));
-                number(kib) / 1024.0
+                let kib = engine.map(|it| it.source_peak_kib.max(it.target_peak_kib));
+                kib.map_or(f64::NAN, |kib| number(kib) / 1024.0)
             });
-            Some((peak?.max, [moves(ours)]))
+            let peak = peak.ok_or(Unknown::NotMeasured)?;
+            Ok((peak.max, [moves(ours)]))
         })
     }
 
     fn clean_round(&self, name: &'static str, limit: f64) -> Row {
         let what = "a round with nothing dirty, ms/GiB";
         self.row(name, what, limit, |case| {
-            Some((case.clean_round_ms_per_gib?, []))
+            let ms = case.clean_round_ms_per_gib.ok_or(Unknown::NotMeasured)?;
+            Ok((ms, []))
         })
     }
+}
+
+fn of_peer(case: &CaseFigures, peer: Peer) -> Result<&Series, Unknown> {
+    case.series_of(peer).ok_or(Unknown::NoMove(peer))
+}
+
+fn median(series: &Series, of: fn(&Move) -> f64) -> Result<f64, Unknown> {
+    series.median(of).ok_or(Unknown::NotMeasured)
+}
+
+fn all_came_through(series: &Series) -> Result<(), Unknown> {
+    let failed = series.failures.len();
+    if failed == 0 {
+        return Ok(());
+    }
+    Err(Unknown::Failed {
+        way: series.label(),
+        failed,
+        all: failed + series.moves.len(),
+    })
 }
 
 fn moves(series: &Series) -> String {
@@ -273,7 +384,7 @@ fn moves(series: &Series) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::case::Case;
     use crate::figures::GuestFigures;
@@ -298,6 +409,7 @@ mod tests {
         let moved = |&total_ms: &f64| Move {
             total_ms,
             blackout_ms: total_ms / 10.0,
+            wire_bytes: 1 << 20,
             guest: Some(GuestFigures {
                 lost_s: total_ms / 1000.0,
                 ..GuestFigures::default()
@@ -312,7 +424,8 @@ mod tests {
         }
     }
 
-    fn figures(ours_ms: &[f64]) -> Figures {
+    /// Of the case `writes`.
+    pub(crate) fn figures(ours_ms: &[f64]) -> Figures {
         let cases = Case::all();
         let writes = cases.iter().find(|case| case.name == "writes").unwrap();
         let case = CaseFigures {
@@ -325,30 +438,39 @@ mod tests {
                 series(Peer::Precopy, Memory::SharedFile, &[300.0]),
             ],
             clean_round_ms_per_gib: None,
+            problems: Vec::new(),
         };
         Figures {
             host: host(),
             target_host: None,
             runs: 3,
             quick: false,
+            planned: vec![writes.name.into()],
             cases: vec![case],
             left_out: Vec::new(),
         }
     }
 
+    /// Ten moves: so many that the longest of them counts.
+    fn ten(total_ms: f64) -> Vec<f64> {
+        vec![total_ms; LONGEST_OF]
+    }
+
     #[test]
     fn the_best_of_the_others_is_the_measure() {
-        let rows = rows(&figures(&[100.0, 110.0, 120.0]));
+        let mut ours_ms = ten(110.0);
+        (ours_ms[0], ours_ms[9]) = (100.0, 120.0);
+        let rows = rows(&figures(&ours_ms));
         let row = |what: &str| {
             let is_it = |row: &&Row| row.case == "writes" && row.what == what;
             rows.iter().find(is_it).unwrap()
         };
-        assert_eq!(row(TOTAL.what).measured, Some(0.5));
+        assert_eq!(row(TOTAL.what).measured, Ok(0.5));
         assert_eq!(row(TOTAL.what).holds(), Some(true));
         let lost = row("progress lost, s, QEMU's best at most");
-        assert_eq!((lost.measured, lost.limit), (Some(0.11), 0.22));
-        assert_eq!(row("blackout, median, ms").measured, Some(11.0));
-        assert_eq!(row("blackout, the longest, ms").measured, Some(12.0));
+        assert_eq!((&lost.measured, lost.limit), (&Ok(0.11), 0.22));
+        assert_eq!(row("blackout, median, ms").measured, Ok(11.0));
+        assert_eq!(row("blackout, the longest, ms").measured, Ok(12.0));
         let unmeasured = rows.iter().filter(|row| row.case != "writes");
         assert!(unmeasured.clone().count() > 5);
         assert!(unmeasured.clone().all(|row| row.holds().is_none()));
@@ -356,9 +478,11 @@ mod tests {
 
     #[test]
     fn what_is_missed_is_told() {
-        assert_eq!(missed(&figures(&[100.0])), Vec::<String>::new());
+        assert_eq!(missed(&figures(&ten(100.0))), Vec::<String>::new());
         // Too slow, and once above the limit of 20 ms.
-        let slow = missed(&figures(&[100.0, 115.0, 210.0]));
+        let mut slow_ms = ten(115.0);
+        slow_ms[3] = 210.0;
+        let slow = missed(&figures(&slow_ms));
         assert_eq!(slow.len(), 2, "{slow:?}");
         let mut bad = figures(&[100.0]);
         let run = &mut bad.cases[0].series[0].moves[0];
@@ -367,6 +491,46 @@ mod tests {
         // Of a small guest only what no guest may have.
         bad.quick = true;
         assert_eq!(missed(&bad).len(), 2);
+    }
+
+    #[test]
+    fn what_is_unknown_does_not_hold() {
+        let told = |figures: &Figures, why: &str| {
+            let missed = missed(figures);
+            missed.iter().filter(|line| line.contains(why)).count()
+        };
+        // The longest of nine is not the longest of ten.
+        let nine = figures(&ten(100.0)[1..]);
+        assert_eq!(told(&nine, "unknown: 9 moves, 10 are needed"), 1);
+        assert_eq!(missed(&nine).len(), 1);
+        // A case that was to be measured and is not there; of old figures, all.
+        let mut cut_short = figures(&ten(100.0));
+        cut_short.planned.push("idle".into());
+        assert_eq!(told(&cut_short, "idle: total"), 1);
+        cut_short.planned.clear();
+        assert_eq!(told(&cut_short, "unknown"), 10);
+        // Nothing of these must hold.
+        cut_short.planned.push("hot".into());
+        assert_eq!(missed(&cut_short).len(), 1);
+        // Whoever failed might have been QEMU's best.
+        let mut failed = figures(&ten(100.0));
+        failed.cases[0].series[2].failures.push("no reason".into());
+        let why = "unknown: 1 of 2 moves by precopy (file) failed";
+        assert_eq!(told(&failed, why), 2);
+    }
+
+    #[test]
+    fn a_run_in_which_nothing_moves_is_broken() {
+        assert_eq!(broken(&figures(&[100.0])), Vec::<String>::new());
+        let mut none = figures(&[]);
+        assert_eq!(broken(&none), ["writes: ferry: no move came through"]);
+        none.cases[0].series[0].failures.push("it hung".into());
+        none.cases[0].series[1].moves.clear();
+        assert_eq!(broken(&none).len(), 3);
+        none.cases[0].series.clear();
+        assert_eq!(broken(&none), ["writes: nothing was measured"]);
+        none.cases.clear();
+        assert_eq!(broken(&none), ["nothing was measured"]);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use args::{Args, Told};
 use clap::Parser as _;
-use ferry_benches::baseline::{self, Baseline};
+use ferry_benches::baseline::{self, Baseline, Change, Now};
 use ferry_benches::figures::Figures;
 use ferry_benches::{agent, csv, hold, html, table};
 use ferry_testbed::Turn;
@@ -26,19 +26,41 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         return Ok(());
     }
-    let figures = if let Some(path) = &args.what.from {
+    // Before anything is measured, or written: --save-baseline may name the same file.
+    let then: Option<Baseline> = args.told.compare.as_deref().map(read).transpose()?;
+    let figures: Figures = if let Some(path) = &args.what.from {
         read(path)?
     } else {
+        if let Some(then) = &then {
+            then.compares_with(plan.quick)?;
+        }
         let _turn = Turn::take()?;
         plan.measure(|figures| write(&args.told, figures))?
     };
     write(&args.told, &figures)?;
+    if let Some(path) = &args.told.save_baseline {
+        let saved = Baseline::of(&figures).save(path);
+        saved.map_err(|error| format!("{}: {error}", path.display()))?;
+    }
     print!("{}", table::of(&figures));
     let rows = hold::rows(&figures);
-    if rows.iter().any(|row| row.measured.is_some()) {
+    if args.told.check || rows.iter().any(|row| row.measured.is_ok()) {
         print!("{}", hold::table(&rows));
     }
-    judge(&args.told, &figures)
+    let mut wrong = if args.told.check {
+        hold::missed(&figures)
+    } else if args.what.from.is_none() {
+        hold::broken(&figures)
+    } else {
+        Vec::new()
+    };
+    if let Some(then) = &then {
+        wrong.extend(worse(then, &figures)?);
+    }
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    Err(wrong.join("; ").into())
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T, Box<dyn Error>> {
@@ -59,27 +81,21 @@ fn write(told: &Told, figures: &Figures) -> Result<(), Box<dyn Error>> {
     save(&told.json, &|| serde_json::to_string_pretty(figures))?;
     save(&told.csv, &|| Ok(csv::of(figures)))?;
     save(&told.html, &|| Ok(html::page(figures)))?;
-    save(&told.baseline, &|| {
-        serde_json::to_string_pretty(&Baseline::of(figures))
-    })?;
     Ok(())
 }
 
-/// What the exit code tells.
-fn judge(told: &Told, figures: &Figures) -> Result<(), Box<dyn Error>> {
-    let mut wrong = Vec::new();
-    if told.check {
-        wrong.extend(hold::missed(figures));
+/// What has got worse; shows the whole comparison.
+fn worse(then: &Baseline, figures: &Figures) -> Result<Vec<String>, Box<dyn Error>> {
+    let changes = then.compare(figures)?;
+    print!("{}", baseline::table(&changes));
+    let not_asked = then.not_asked(figures);
+    if !not_asked.is_empty() {
+        println!("not asked for, not compared: {}", not_asked.join(", "));
     }
-    if let Some(path) = &told.compare {
-        let then: Baseline = read(path)?;
-        let changes = then.compare(&Baseline::of(figures))?;
-        print!("{}", baseline::table(&changes));
-        let worse = changes.iter().filter(|change| change.is_regression());
-        wrong.extend(worse.map(|change| format!("worse than the baseline: {}", change.what)));
-    }
-    if wrong.is_empty() {
-        return Ok(());
-    }
-    Err(wrong.join("; ").into())
+    let worse = changes.iter().filter(|change| change.is_regression());
+    let told = |change: &Change| match change.now {
+        Now::NotMeasured => format!("in the baseline, no longer measured: {}", change.what),
+        _ => format!("worse than the baseline: {}", change.what),
+    };
+    Ok(worse.map(told).collect())
 }

@@ -4,6 +4,7 @@
 //! for each kind of memory, so that none inherits how another left the page tables; while one moves
 //! the others rest.
 
+use std::fmt;
 use std::process::Command;
 
 use ferry_testbed::{TestbedError, ferry_binary};
@@ -34,6 +35,8 @@ pub struct Plan {
     pub peers: Option<Vec<Peer>>,
     /// Moves by each way.
     pub runs: usize,
+    /// Moves by plain `ferry` at the least in the cases whose longest blackout is judged.
+    pub least_ferry_moves: usize,
     /// The target's host, where that is another.
     pub there: Option<There>,
     /// The user's own guest, in place of the testbed's.
@@ -63,6 +66,13 @@ impl Camp {
     }
 }
 
+impl fmt::Display for Camp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whose = if self.is_qemu { "QEMU's" } else { "Ferry's" };
+        write!(f, "{whose} guest with {} memory", self.memory)
+    }
+}
+
 impl Plan {
     /// Measures it all; shows what there is after each case, as the next may come to nothing.
     pub fn measure<E: From<TestbedError>>(
@@ -74,6 +84,7 @@ impl Plan {
             target_host: self.there.as_ref().map(hosts::describe).transpose()?,
             runs: self.runs,
             quick: self.quick,
+            planned: self.cases.iter().map(|case| case.name.into()).collect(),
             cases: Vec::new(),
             left_out: Vec::new(),
         };
@@ -91,7 +102,7 @@ impl Plan {
             if self.there.is_none() {
                 measuring.leave_out_what_does_not_fit(&mut figures.left_out);
             }
-            figures.cases.push(measuring.measure(self.runs)?);
+            figures.cases.push(measuring.measure(self.runs));
             show(&figures)?;
         }
         Ok(figures)
@@ -176,13 +187,21 @@ impl<'a> Measuring<'a> {
                 return;
             };
             left_out.push(format!(
-                "{}: QEMU's ways or Ferry's with {} memory: {needed} MiB of RAM needed, {there} available",
-                self.case.name, greatest.memory
+                "{}: {needed} MiB of RAM needed, {there} available",
+                self.leave_out(greatest)
             ));
-            let mut series = std::mem::take(&mut self.series);
-            series.retain(|series| self.camp(series) != greatest);
-            self.series = series;
         }
+    }
+
+    /// Drops a camp, and tells which ways those were.
+    fn leave_out(&mut self, camp: Camp) -> String {
+        let all = std::mem::take(&mut self.series);
+        let (dropped, kept): (Vec<_>, Vec<_>) = all
+            .into_iter()
+            .partition(|series| self.camp(series) == camp);
+        self.series = kept;
+        let ways: Vec<_> = dropped.iter().map(|it| it.peer.to_string()).collect();
+        format!("{}: {camp}: {}", self.case.name, ways.join(", "))
     }
 
     fn camps(&self) -> Vec<Camp> {
@@ -196,14 +215,14 @@ impl<'a> Measuring<'a> {
         camps
     }
 
-    fn measure(mut self, runs: usize) -> Result<CaseFigures, TestbedError> {
+    fn measure(mut self, runs: usize) -> CaseFigures {
         eprintln!("{}: {}", self.case.name, self.case.what);
         for run in 0..runs {
             for turn in 0..self.series.len() {
                 // Nobody is always the first.
                 let at = (run + turn) % self.series.len();
                 let moves = match self.series[at].peer {
-                    Peer::Ferry => self.case.ferry_moves,
+                    Peer::Ferry => self.case.ferry_moves_of(runs, self.plan.least_ferry_moves),
                     _ => 1,
                 };
                 for _ in 0..moves {
@@ -212,17 +231,19 @@ impl<'a> Measuring<'a> {
             }
         }
         let ours = self.courses.iter().find(|(camp, _)| !camp.is_qemu);
-        let clean_round_ms_per_gib = ours
+        let clean_round = ours
             .and_then(|(_, course)| course.resting())
-            .map(clean_round::measure)
-            .transpose()?;
-        Ok(CaseFigures {
+            .map(clean_round::measure);
+        // It is one figure of many: its failure leaves the rest.
+        let (clean_round_ms_per_gib, problems) = told_apart(clean_round);
+        CaseFigures {
             name: self.case.name.to_owned(),
             what: self.case.what.to_owned(),
             conditions: self.case.conditions,
             series: self.series,
             clean_round_ms_per_gib,
-        })
+            problems,
+        }
     }
 
     /// One move. One that fails ends its guest and is noted; the next begins with a fresh one.
@@ -260,10 +281,65 @@ impl<'a> Measuring<'a> {
     }
 }
 
+/// A round's figure, and the problem with it.
+fn told_apart(clean_round: Option<Result<f64, TestbedError>>) -> (Option<f64>, Vec<String>) {
+    match clean_round {
+        None => (None, Vec::new()),
+        Some(Ok(ms)) => (Some(ms), Vec::new()),
+        Some(Err(error)) => {
+            let problem = format!("a round with nothing dirty: {error}");
+            eprintln!("  NOT MEASURED: {problem}");
+            (None, vec![problem])
+        }
+    }
+}
+
 fn ferry_has_lanes() -> Result<bool, TestbedError> {
     let help = Command::new(ferry_binary()?)
         .args(["migrate", "--help"])
         .output()
         .map_err(TestbedError::io("start ferry"))?;
     Ok(String::from_utf8_lossy(&help.stdout).contains("--parallel-connections"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_that_fails_is_a_problem_of_its_own() {
+        let (ms, problems) = told_apart(Some(Err(crate::guest::failed("a tracker", "no"))));
+        assert_eq!((ms, problems.len()), (None, 1));
+        assert_eq!(told_apart(Some(Ok(0.5))), (Some(0.5), Vec::new()));
+    }
+
+    #[test]
+    fn what_is_left_out_is_told_by_its_name() {
+        let case = Case::all()[0];
+        let plan = Plan {
+            cases: vec![case],
+            quick: false,
+            peers: None,
+            runs: 1,
+            least_ferry_moves: 0,
+            there: None,
+            own: None,
+            verifies: Verifies::All,
+        };
+        let peers = [Peer::Ferry, Peer::FerryOver { lanes: 2 }, Peer::Precopy];
+        let mut measuring = Measuring::new(&plan, &case, peers.into_iter());
+        let [ours, private, file] = measuring.camps()[..] else {
+            panic!("{:?}", measuring.camps());
+        };
+        assert_eq!(
+            measuring.leave_out(file),
+            "idle: QEMU's guest with shared-file memory: precopy"
+        );
+        assert_eq!(measuring.camps(), [ours, private]);
+        assert_eq!(
+            measuring.leave_out(ours),
+            "idle: Ferry's guest with shared-file memory: ferry, ferry:2"
+        );
+        assert_eq!(measuring.camps(), [private]);
+    }
 }

@@ -11,7 +11,7 @@ struct Column {
     of: fn(&Move) -> f64,
 }
 
-const COLUMNS: [Column; 6] = [
+const COLUMNS: [Column; 7] = [
     Column {
         name: "total ms",
         digits: 0,
@@ -38,9 +38,14 @@ const COLUMNS: [Column; 6] = [
         of: |run| mib(run.wire_bytes),
     },
     Column {
-        name: "CPU s",
+        name: "CPU source s",
         digits: 2,
-        of: |run| run.source.migration_s + run.target.migration_s,
+        of: |run| run.source.migration_s,
+    },
+    Column {
+        name: "CPU target s",
+        digits: 2,
+        of: |run| run.target.migration_s,
     },
 ];
 
@@ -66,6 +71,14 @@ fn add_case(text: &mut String, case: &CaseFigures) {
     for series in &case.series {
         add_series(text, series);
     }
+    for series in &case.series {
+        for failure in &series.failures {
+            _ = writeln!(text, "FAILED: {}: {failure}", series.label());
+        }
+    }
+    for problem in &case.problems {
+        _ = writeln!(text, "NOT MEASURED: {problem}");
+    }
     if let Some(ms) = case.clean_round_ms_per_gib {
         _ = writeln!(text, "a round with nothing dirty: {ms:.2} ms/GiB");
     }
@@ -86,4 +99,26 @@ fn add_series(text: &mut String, series: &Series) {
     }
     let bad: u64 = series.moves.iter().map(Move::bad).sum();
     _ = writeln!(text, "{bad:>5}{:>7}", series.failures.len());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{hold, html};
+
+    #[test]
+    fn each_side_has_its_cpu_time() {
+        let mut figures = hold::tests::figures(&[100.0]);
+        for series in &mut figures.cases[0].series {
+            for run in &mut series.moves {
+                (run.source.migration_s, run.target.migration_s) = (1.25, 2.75);
+            }
+        }
+        let text = of(&figures);
+        let page = html::page(&figures);
+        for side in ["1.25 (1.25 – 1.25)", "2.75 (2.75 – 2.75)"] {
+            assert_eq!(text.matches(side).count(), 3, "{text}");
+            assert_eq!(page.matches(side).count(), 3, "{side}");
+        }
+    }
 }

@@ -69,7 +69,7 @@ fn a_short_run_and_all_that_it_tells() {
         "run.csv",
         "--html",
         "run.html",
-        "--baseline",
+        "--save-baseline",
         "base.json",
     ];
     let output = run(folder.path(), &args);
@@ -116,8 +116,8 @@ fn a_short_run_and_all_that_it_tells() {
     let page = fs::read_to_string(at("run.html")).unwrap();
     assert_eq!(
         page.matches("<svg").count(),
-        5,
-        "four charts of bars, one of curves"
+        7,
+        "six charts of bars, one of curves"
     );
     for foreign in ["<script", "http://", "https://", "NaN", "inf\""] {
         assert!(!page.contains(foreign), "{foreign}");
@@ -147,6 +147,8 @@ fn what_cannot_be_compared_is_no_success() {
     for args in [
         &["--case", "nonsense"][..],
         &["--from", "missing.json"],
+        // Told before anything is measured.
+        &["--quick", "--compare", "missing.json"],
         &["--peers", "carrier-pigeon"],
     ] {
         let output = run(folder.path(), args);

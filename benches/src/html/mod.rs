@@ -119,7 +119,7 @@ fn add_rows(page: &mut String, figures: &Figures) {
              <td class=\"text {verdict}\">{verdict}</td><td class=\"text\">{}</td></tr>",
             row.case,
             escaped(row.what),
-            number(row.measured),
+            number(row.measured.clone().ok()),
             number(Some(row.limit).filter(|limit| limit.is_finite())),
             escaped(&row.from),
         );
@@ -143,6 +143,8 @@ fn add_case(page: &mut String, case: &CaseFigures) {
         ("Blackout, ms", Some(limit_ms), |run| run.blackout_ms),
         ("On the wire, MiB", None, |run| mib(run.wire_bytes)),
         ("Progress lost, s of normal running", None, Move::lost_s),
+        ("CPU at the source, s", None, |run| run.source.migration_s),
+        ("CPU at the target, s", None, |run| run.target.migration_s),
     ];
     for (title, limit, of) in charts {
         let bars = bars::Chart { title, limit, of };
@@ -159,6 +161,10 @@ fn add_case(page: &mut String, case: &CaseFigures) {
         let told = |failure: &String| format!("{label}: {failure}");
         series.failures.iter().map(told).collect::<Vec<_>>()
     });
+    for problem in &case.problems {
+        let problem = escaped(problem);
+        _ = writeln!(page, "<p class=\"MISSED\">Not measured: {problem}</p>");
+    }
     for failure in failures {
         _ = writeln!(
             page,

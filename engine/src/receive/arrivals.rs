@@ -23,6 +23,8 @@ const MAX_TALKS: usize = 32;
 impl Driver {
     /// A connection has said what it is for.
     pub(super) async fn arrived(&mut self, arrival: Arrival) {
+        // Who has been talked to makes place for others.
+        while self.talks.try_join_next().is_some() {}
         let known = self.machine.session() == Some(arrival.hello.session);
         match arrival.hello.purpose {
             Purpose::Migrate if self.machine.session().is_none() => self.adopt(arrival),
