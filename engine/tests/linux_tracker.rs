@@ -4,6 +4,7 @@ mod linux_child;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -213,34 +214,57 @@ fn hugetlb_is_tracked_in_its_own_unit() {
     reports_exactly_what_was_written(&Ram::hugetlb(RAM_BYTES), HUGE_PAGE / PAGE_SIZE as u64);
 }
 
+/// What was read of guest RAM, page by page; zero where nothing was.
+struct Copied<'a> {
+    ram: &'a Ram,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Copied<'a> {
+    fn nothing_of(ram: &'a Ram) -> Self {
+        Self {
+            ram,
+            bytes: vec![0; usize::try_from(RAM_BYTES).unwrap()],
+        }
+    }
+
+    fn read(&mut self, range: PageRange) {
+        let bytes = range.bytes();
+        let place = usize::try_from(bytes.start).unwrap()..usize::try_from(bytes.end).unwrap();
+        let copy = &mut self.bytes[place];
+        self.ram.file.read_exact_at(copy, bytes.start).unwrap();
+    }
+
+    /// What a tracker says may be read at once.
+    fn read_watched(&mut self, begun: Begun) {
+        if let Begun::Watched(_, range) = begun {
+            self.read(range);
+        }
+    }
+
+    fn is_current(&self) -> bool {
+        let mut now = vec![0; self.bytes.len()];
+        self.ram.file.read_exact_at(&mut now, 0).unwrap();
+        now == self.bytes
+    }
+}
+
 /// Threads write all the time; a copy kept up to date by the reports alone ends up equal.
 fn loses_no_write(ram: &Ram) {
-    use std::os::unix::fs::FileExt;
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
     assert_eq!(child.ask("run 3"), "running");
-    let mut copy = vec![0; usize::try_from(RAM_BYTES).unwrap()];
-    let mut read = |range: PageRange| {
-        let bytes = range.bytes();
-        let place = usize::try_from(bytes.start).unwrap()..usize::try_from(bytes.end).unwrap();
-        ram.file
-            .read_exact_at(&mut copy[place], bytes.start)
-            .unwrap();
-    };
-    // What is watched may be read at once.
-    let mut watched = |begun| {
-        if let Begun::Watched(_, range) = begun {
-            read(range);
-        }
-    };
-    tracker.start(&mut watched).unwrap();
+    let mut copy = Copied::nothing_of(ram);
+    tracker
+        .start(&mut |begun| copy.read_watched(begun))
+        .unwrap();
     let mut refresh = |tracker: &mut RamTracker, rearm| {
         let mut ranges = Vec::new();
         tracker
             .collect(rearm, &mut |found| ranges.extend(found.written()))
             .unwrap();
         for (_, range) in &ranges {
-            read(*range);
+            copy.read(*range);
         }
         ranges.iter().map(|(_, range)| range.count).sum::<u64>()
     };
@@ -255,9 +279,7 @@ fn loses_no_write(ram: &Ram) {
     }
     let writes: u64 = child.ask("halt").parse().unwrap();
     refresh(&mut tracker, Rearm::No);
-    let mut now = vec![0; copy.len()];
-    ram.file.read_exact_at(&mut now, 0).unwrap();
-    assert!(now == copy, "a write was lost");
+    assert!(copy.is_current(), "a write was lost");
     assert!(
         writes > refreshed / (HUGE_PAGE / PAGE_SIZE as u64),
         "{writes} writes"
@@ -283,35 +305,23 @@ fn no_write_is_lost_on_hugetlb() {
 /// meanwhile nobody would ever hear that it is zero again.
 #[test]
 fn what_is_given_back_unseen_was_not_read() {
-    use std::os::unix::fs::FileExt;
     let ram = Ram::memfd(RAM_BYTES);
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
     write(&mut child, &BTreeSet::from([0]));
     let page = PAGES / 2;
-    let mut copy = vec![0; usize::try_from(RAM_BYTES).unwrap()];
-    let mut read = |range: PageRange| {
-        let bytes = range.bytes();
-        let place = usize::try_from(bytes.start).unwrap()..usize::try_from(bytes.end).unwrap();
-        ram.file
-            .read_exact_at(&mut copy[place], bytes.start)
-            .unwrap();
-    };
+    let mut copy = Copied::nothing_of(&ram);
     let mut begun = Vec::new();
     tracker.start(&mut |part| begun.push(part)).unwrap();
     write(&mut child, &BTreeSet::from([page]));
     for part in begun {
-        if let Begun::Watched(_, range) = part {
-            read(range);
-        }
+        copy.read_watched(part);
     }
     ram.punch(page * PAGE_SIZE as u64, PAGE_SIZE as u64);
     for page in collect(&mut tracker, Rearm::Yes) {
-        read(PageRange::new(page, 1));
+        copy.read(PageRange::new(page, 1));
     }
-    let mut now = vec![0; copy.len()];
-    ram.file.read_exact_at(&mut now, 0).unwrap();
-    assert!(now == copy, "the page was read, and not reported");
+    assert!(copy.is_current(), "the page was read, and not reported");
 }
 
 /// More memory than one thread looks at.
@@ -338,22 +348,26 @@ fn watches_piece_by_piece() {
     let ram = Ram::memfd(LARGE_BYTES);
     let mut child = Tracked::start(ram.path());
     let mut tracker = tracker_of(&child);
+    // Of the first half there is something, so that it is protected.
+    let all = LARGE_BYTES / PAGE_SIZE as u64;
+    write(&mut child, &(0..all / 2).step_by(BLOCK_PAGES).collect());
     let mut next = 0;
     let mut written = BTreeSet::new();
-    let mut pieces = 0;
+    let (mut pieces, mut watched) = (0, 0);
     tracker
         .start(&mut |begun| {
             let (Begun::Watched(region, range) | Begun::Empty(region, range)) = begun;
             assert_eq!((region, range.first.0), (REGION, next), "in order");
             next = range.end().0;
             pieces += 1;
+            watched += u32::from(matches!(begun, Begun::Watched(..)));
             // Its first page, at once, with the rest not watched yet.
             write(&mut child, &BTreeSet::from([range.first.0]));
             written.insert(range.first.0);
         })
         .unwrap();
-    assert!(pieces > 1);
-    assert_eq!(next, LARGE_BYTES / PAGE_SIZE as u64);
+    assert!(watched > 1 && pieces > watched, "{watched} of {pieces}");
+    assert_eq!(next, all);
     assert_eq!(collect_of(&mut tracker, Rearm::Yes, next), written);
 }
 

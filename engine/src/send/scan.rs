@@ -99,7 +99,7 @@ impl Populated<'_> {
     fn empty(&mut self, region: RegionIndex, range: PageRange) -> Result<(), VmmError> {
         let failed = |outside| VmmError::failed("a tracker found empty", outside);
         for set in [&mut self.unwatched, &mut self.known, &mut self.all] {
-            set.take(region, range).map_err(failed)?;
+            set.remove(region, range).map_err(failed)?;
         }
         Ok(())
     }
