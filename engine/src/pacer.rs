@@ -2,9 +2,10 @@
 //! guest is handed over does not pay: it would pay with the guest standing.
 //!
 //! A bucket that never holds more than a short burst. A sender waits until what went before has been
-//! paid for, and then pays for its own. Whose turn it is the bytes say that each has sent, so that lanes
-//! share the rate evenly, whatever the sizes of their frames. A change of the rate, or the end, wakes
-//! everybody.
+//! paid for, and then pays for the most that it may send; when it knows what it does send, it settles
+//! for that. So pages are read when they may leave, and not before. Whose turn it is the bytes say that
+//! each has sent, so that lanes share the rate evenly, whatever the sizes of their frames. A change of
+//! the rate wakes everybody.
 
 mod turns;
 
@@ -47,7 +48,25 @@ struct Bucket {
     /// When everything paid for so far has been sent at the rate.
     paid_until: Instant,
     turns: Turns,
-    closed: bool,
+    lifted: bool,
+}
+
+/// What a sender has paid.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Paid {
+    bytes: u64,
+    rate: Bandwidth,
+    /// How long it waited for its turn.
+    pub(crate) waited: Duration,
+}
+
+impl Paid {
+    /// There was nothing to pay.
+    const NOTHING: Self = Self {
+        bytes: 0,
+        rate: Bandwidth::Unlimited,
+        waited: Duration::ZERO,
+    };
 }
 
 impl Pacer {
@@ -56,7 +75,7 @@ impl Pacer {
             rate,
             paid_until: Instant::now(),
             turns: Turns::default(),
-            closed: false,
+            lifted: false,
         };
         Self {
             state: Mutex::new(state),
@@ -77,18 +96,26 @@ impl Pacer {
         self.lock().rate
     }
 
-    /// The rate, in bytes a second; none when there is no limit.
+    /// What holds now, in bytes a second; none when nothing does.
     pub(crate) fn limit(&self) -> Option<u64> {
-        match self.rate() {
-            Bandwidth::Unlimited => None,
-            Bandwidth::BytesPerSecond(rate) => Some(rate.get()),
+        let bucket = self.lock();
+        match bucket.rate {
+            Bandwidth::BytesPerSecond(rate) if !bucket.lifted => Some(rate.get()),
+            _ => None,
         }
     }
 
-    /// Lets everybody go at once, now and later.
-    pub(crate) fn close(&self) {
-        self.lock().closed = true;
+    /// Lets everybody go at once, until the rate is to be kept again.
+    pub(crate) fn lift(&self) {
+        self.lock().lifted = true;
         self.changed.notify_all();
+    }
+
+    /// The rate holds again, from now on.
+    pub(crate) fn keep(&self) {
+        let mut bucket = self.lock();
+        bucket.lifted = false;
+        bucket.paid_until = bucket.paid_until.min(Instant::now());
     }
 
     /// Lets whoever has been cut notice it.
@@ -98,12 +125,11 @@ impl Pacer {
     }
 
     /// Waits until `bytes` bytes of this account may be sent, or the sender is `cut`, and pays for them.
-    /// Returns how long that was.
-    pub(crate) fn pay(&self, account: &mut Account, bytes: u64, cut: &AtomicBool) -> Duration {
+    pub(crate) fn pay(&self, account: &mut Account, bytes: u64, cut: &AtomicBool) -> Paid {
         let mut bucket = self.lock();
         // What is sent without a limit is nobody's advantage under the next one.
         if bucket.is_open() {
-            return Duration::ZERO;
+            return Paid::NOTHING;
         }
         let began = Instant::now();
         let turn = bucket.turns.ask(account, bytes);
@@ -116,12 +142,34 @@ impl Pacer {
             waited = began.elapsed();
         }
         // One that was cut sends nothing any more.
-        if !cut.load(Ordering::Acquire) {
-            bucket.pay(bytes);
-        }
+        let bytes = if cut.load(Ordering::Acquire) {
+            0
+        } else {
+            bytes
+        };
+        bucket.pay(bytes);
         bucket.turns.leave(turn);
         self.changed.notify_all();
-        waited
+        let rate = bucket.rate;
+        Paid {
+            bytes,
+            rate,
+            waited,
+        }
+    }
+
+    /// Makes good the difference between what was paid for and the `sent` bytes that were sent.
+    pub(crate) fn settle(&self, account: &mut Account, paid: Paid, sent: u64) {
+        let mut bucket = self.lock();
+        // A debt at another rate is forgotten, and so is a credit.
+        if paid.bytes == 0 || bucket.rate != paid.rate {
+            return;
+        }
+        account.correct(paid.bytes, sent);
+        let until = bucket.paid_until + bucket.rate.time_for(sent);
+        let back = bucket.rate.time_for(paid.bytes);
+        bucket.paid_until = until.checked_sub(back).unwrap_or(until);
+        self.changed.notify_all();
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Bucket> {
@@ -131,7 +179,7 @@ impl Pacer {
 
 impl Bucket {
     fn is_open(&self) -> bool {
-        self.closed || self.rate == Bandwidth::Unlimited
+        self.lifted || self.rate == Bandwidth::Unlimited
     }
 
     /// How long a sender still waits at least.
@@ -254,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn unlimited_never_waits_and_closing_wakes() {
+    fn unlimited_never_waits_and_lifting_wakes() {
         Pacer::new(Bandwidth::Unlimited).pay(&mut Account::default(), u64::MAX, &UNCUT);
         let pacer = Arc::new(Pacer::new(rate(1)));
         pacer.pay(&mut Account::default(), 1 << 20, &UNCUT);
@@ -262,8 +310,33 @@ mod tests {
             let pacer = Arc::clone(&pacer);
             move || pacer.pay(&mut Account::default(), 1, &UNCUT)
         });
-        pacer.close();
+        pacer.lift();
         sleeper.join().unwrap();
+        assert_eq!(pacer.limit(), None);
+        pacer.keep();
+        assert_eq!(pacer.limit(), Some(1));
+        // What was owed is not, but the rate holds.
+        pacer.pay(&mut Account::default(), 1 << 20, &UNCUT);
+        assert!(!pacer.lock().is_open());
+        assert!(pacer.lock().paid_until > Instant::now() + Duration::from_secs(3600));
+    }
+
+    /// Chunks are paid for in full before anybody knows how many of their bytes travel.
+    #[test]
+    fn only_what_is_sent_is_paid_for() {
+        let pacer = Pacer::new(rate(1 << 20));
+        let mut account = Account::default();
+        let began = Instant::now();
+        for _ in 0..100 {
+            let paid = pacer.pay(&mut account, 1 << 20, &UNCUT);
+            pacer.settle(&mut account, paid, 1 << 10);
+        }
+        // 100 KiB at 1 MiB/s, less the burst and the last piece, which nobody waits for. In full it
+        // would be 99 s.
+        let took = began.elapsed();
+        assert!(took >= Duration::from_millis(80), "{took:?}");
+        assert!(took < Duration::from_secs(10), "{took:?}");
+        assert_eq!(account.sent(), 100 << 10);
     }
 
     #[test]

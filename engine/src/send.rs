@@ -293,7 +293,8 @@ impl Driver {
                 self.flusher
                     .order(Step::Flush, |flush| flush().map(|()| Input::Flushed));
             }
-            Action::Unpace => self.outfit.pacer.close(),
+            Action::Unpace => self.outfit.pacer.lift(),
+            Action::Pace => self.outfit.pacer.keep(),
             Action::Pause(why) => self.pause(why),
             Action::Inventory => self.inventory(),
             Action::Save => self.save(),
@@ -320,9 +321,13 @@ impl Driver {
         lock(&self.senders).copy(order);
     }
 
-    /// Pages that lanes take at a time now.
+    /// Pages that lanes take at a time now. The first may have joined before the others.
     fn chunk_pages(&self) -> u32 {
-        chunk_pages(self.outfit.pacer.limit(), lock(&self.senders).joined())
+        let joined = lock(&self.senders).joined();
+        chunk_pages(
+            self.outfit.pacer.limit(),
+            joined.max(self.machine.first_lanes()),
+        )
     }
 
     /// Asks the target over a connection of its own, which is fenced by the session alone.
@@ -353,6 +358,7 @@ impl Driver {
         self.sink.close();
         self.control.finish(PARTING).await;
         let senders = std::mem::take(&mut *lock(&self.senders));
+        let pacer = self.outfit.pacer;
         let keeps_journal = match &outcome {
             Outcome::Moved => self.left == Left::Perhaps,
             // What an engine that died has left there is still true.
@@ -363,7 +369,7 @@ impl Driver {
         // Nothing depends on a flush, and storage that hangs would keep the end from being told.
         drop(self.flusher);
         let ended = tokio::task::spawn_blocking(move || {
-            senders.join();
+            senders.join(&pacer);
             drop((vm.finish(), tracker.finish()));
             let journal = journal.finish();
             if !keeps_journal && let Some(journal) = journal {

@@ -149,8 +149,8 @@ impl Ferry {
     pub fn receive(qemu: &Qemu, more: &[&str]) -> Result<(Self, String), TestbedError> {
         let (ferry, line) = Self::start_receive(qemu, more)?;
         let told = line.recv_timeout(LISTEN_BOUND).unwrap_or_default();
-        if let Some(uri) = told.trim_end().strip_prefix("Listening on ") {
-            return Ok((ferry, uri.to_owned()));
+        if let Some(uri) = listening(told.trim_end()) {
+            return Ok((ferry, uri));
         }
         Err(failed(ferry.wait(LISTEN_BOUND)?.stderr))
     }
@@ -271,6 +271,15 @@ fn failed(log: String) -> TestbedError {
         program: "ferry".into(),
         log,
     }
+}
+
+/// Where `ferry receive` says that it listens, in words or as JSON.
+fn listening(line: &str) -> Option<String> {
+    if let Some(uri) = line.strip_prefix("Listening on ") {
+        return Some(uri.to_owned());
+    }
+    let told: Value = serde_json::from_str(line).ok()?;
+    Some(told.get("listening")?.as_str()?.to_owned())
 }
 
 fn read_telling_first(stdout: ChildStdout, first: &mpsc::Sender<String>) -> String {

@@ -2,7 +2,7 @@
 //!
 //! A round sends what the last one left dirty, and the guest dirties more while it lasts. Precopy
 //! converges when each round leaves less than the one before. The rule is asked after every
-//! collection, when what is dirty is known exactly, and within long rounds.
+//! collection, when what is dirty is known exactly.
 
 use std::time::Duration;
 

@@ -372,14 +372,14 @@ impl Chooser {
         let (Some(at), Some(link)) = (at, link) else {
             return effort;
         };
-        // What other lanes have on the way is known of an earlier time only.
-        let lasts = queued as f64 / link;
+        // Of the link each of the lanes at work has its part.
+        let lanes = self.queued.iter().flatten().count().max(1);
+        let lasts = queued as f64 * lanes as f64 / link;
         let in_time = |it: &&Candidate| bytes as f64 / (it.speed * self.share) <= lasts;
-        let mut ways = self.candidates[..=at].iter();
+        // What a way leaves as it is would fill the link with nothing else.
+        let mut ways = self.candidates[..=at].iter().filter(|it| it.ratio > MARGIN);
         let hardest = ways.clone().rev().find(in_time);
-        // What the cheapest leaves as it is would fill the link with nothing else.
-        let cheapest = ways.find(|it| it.ratio > MARGIN);
-        hardest.or(cheapest).map_or(effort, |it| it.effort)
+        hardest.or(ways.next()).map_or(effort, |it| it.effort)
     }
 
     /// Notes how a packing went.

@@ -437,6 +437,8 @@ pub enum Action {
     Retire,
     /// Source: whatever is sent from now on waits for no bandwidth limit: the guest stands.
     Unpace,
+    /// Source: the bandwidth limit holds again: the guest runs.
+    Pace,
     /// Source: end tracking. Answered by [`Input::TrackingStopped`].
     StopTracking,
     /// Close every page lane.

@@ -26,10 +26,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::{io, thread};
 
+use nix::unistd::{Pid, gettid};
+
 use super::PanicWatch;
 use crate::core::layout::{PageRange, RegionIndex};
 use crate::core::pageset::{Cursor, PageSet};
-use crate::linux::priority::give_way;
+use crate::linux::priority::{come_back, give_way};
 use crate::vmm::Ram;
 use crate::worker::Facts;
 
@@ -87,7 +89,7 @@ struct Shared {
 struct Work {
     left: PageSet,
     /// Threads that allocate at this moment.
-    busy: usize,
+    busy: Vec<Pid>,
     closed: bool,
 }
 
@@ -96,7 +98,7 @@ impl Ahead {
     pub(crate) fn new(ram: &Arc<dyn Ram>, facts: &Facts) -> Self {
         let work = Work {
             left: PageSet::empty(ram.layout()),
-            busy: 0,
+            busy: Vec::new(),
             closed: false,
         };
         let shared = Shared {
@@ -153,13 +155,18 @@ impl Ahead {
         drop(self.shared.close());
     }
 
-    /// What closes, and waits until no thread touches guest RAM, nor ever will. Not for their end, for
-    /// which they would need a processor that nobody else wants.
+    /// What closes, and waits until no thread touches guest RAM, nor ever will. Not for their end, but
+    /// whoever is in the middle of a piece gives way no more: the guest may be waiting by now.
     pub(crate) fn quiet(&self) -> impl FnOnce() + Send + use<> {
         let shared = Arc::clone(&self.shared);
         move || {
             let mut work = shared.close();
-            while work.busy > 0 {
+            for &thread in &work.busy {
+                if let Err(error) = come_back(thread) {
+                    tracing::debug!(%error, "a thread is waited for that gives way");
+                }
+            }
+            while !work.busy.is_empty() {
                 let woken = shared.changed.wait(work);
                 work = woken.unwrap_or_else(PoisonError::into_inner);
             }
@@ -180,7 +187,8 @@ struct Busy<'a>(&'a Shared);
 
 impl Drop for Busy<'_> {
     fn drop(&mut self) {
-        self.0.lock().busy -= 1;
+        let thread = gettid();
+        self.0.lock().busy.retain(|&busy| busy != thread);
         self.0.changed.notify_all();
     }
 }
@@ -222,7 +230,7 @@ impl Shared {
             if let Some((region, piece)) = work.left.next_run(&mut cursor, PIECE_PAGES) {
                 let removed = work.left.remove(region, piece);
                 removed.expect("it was in the set");
-                work.busy += 1;
+                work.busy.push(gettid());
                 return Some((region, piece, Busy(self)));
             }
             // The lanes have come by what is left.

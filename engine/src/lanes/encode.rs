@@ -141,13 +141,11 @@ impl Encoder {
             Haste::Throughput
         };
         let queued = || lane.socket.and_then(|socket| queued_bytes(socket).ok());
-        let before = queued();
+        let before = queued().filter(|_| haste == Haste::Throughput);
         let mut chooser = lock(&self.chooser);
         chooser.limit(lane.bandwidth);
         let mut advice = chooser.advise(self.clock.now(), haste);
-        if let (Advice::Pack(effort), Haste::Throughput, Some(queued)) =
-            (&mut advice, haste, before)
-        {
+        if let (Advice::Pack(effort), Some(queued)) = (&mut advice, before) {
             *effort = chooser.relieve(*effort, data_bytes, queued);
         }
         drop(chooser);

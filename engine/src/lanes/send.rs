@@ -240,15 +240,16 @@ impl Senders {
     }
 
     /// Ends every lane, whatever it is doing.
-    pub(crate) fn close(&mut self) {
+    pub(crate) fn close(&mut self, pacer: &Pacer) {
         self.closed = true;
         self.lanes.iter_mut().for_each(SendingLane::close);
+        pacer.wake();
         self.wake();
     }
 
     /// Waits for the threads, which end once closed.
-    pub(crate) fn join(mut self) {
-        self.close();
+    pub(crate) fn join(mut self, pacer: &Pacer) {
+        self.close(pacer);
         for lane in self.lanes.drain(..) {
             drop(lane.thread.join());
         }

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 
 use ferry_stream::lane::PageLaneWriter;
 use ferry_stream::link::Lane;
-use ferry_stream::message::{LaneId, Round};
+use ferry_stream::message::LaneId;
 use ferry_stream::pages::{PageFrame, PageRun, Zeros};
 
 use super::deltas::{Differ, Told};
@@ -19,7 +19,7 @@ use super::{PanicWatch, is_death};
 use crate::core::layout::{PAGE_SIZE, PageRange};
 use crate::core::message::{Failure, Input, Pace, Rewritten, Step, ZeroPages};
 use crate::core::outcome::in_full;
-use crate::pacer::Account;
+use crate::pacer::{Account, Paid};
 use crate::vmm::VmmError;
 
 /// Why a lane's thread ends.
@@ -113,16 +113,19 @@ impl Sender {
         while let Some(at) = order.feed.take(runs, &self.cut) {
             // Before anything can fail: from here on the chunk is nobody else's.
             self.log.take(at);
+            // Before it is looked at and read: what is written while it waits for its turn is sent so.
+            let paid = self.pay(order, runs);
+            self.go_on()?;
             if order.rewritten == Rewritten::LeaveOut {
                 let left_out = self.looks.leave_out(runs)?;
                 let counter = &self.outfit.counters.fresh_pages;
                 counter.fetch_add(left_out, Ordering::AcqRel);
             }
             let dealt = self.fill(order, runs)?;
-            self.encode(order.round, dealt.told);
+            self.encode(order, dealt.told);
             self.log.tell(dealt.pages);
-            if order.pace == Pace::Limited && !self.frame.is_empty() {
-                self.pay(dealt);
+            if let Some(paid) = paid {
+                self.settle(paid, dealt);
             }
             self.go_on()?;
             let bytes = self.writer.send(&mut *self.lane, &mut self.frame)?;
@@ -141,30 +144,50 @@ impl Sender {
         Ok(())
     }
 
-    fn encode(&mut self, round: Round, told: Told) {
+    /// What lanes are held to in this round.
+    fn limit(&self, order: &RoundOrder) -> Option<u64> {
+        match order.pace {
+            Pace::Limited => self.outfit.pacer.limit(),
+            Pace::Free => None,
+        }
+    }
+
+    fn encode(&mut self, order: &RoundOrder, told: Told) {
         if self.frame.data().is_empty() {
             return;
         }
         let lane = OnLane {
             index: usize::from(self.id.index.0),
-            round,
+            round: order.round,
             socket: self.lane.socket(),
-            bandwidth: self.outfit.pacer.limit(),
+            bandwidth: self.limit(order),
         };
         self.outfit.encoder.encode(&mut self.frame, told, lane);
     }
 
-    /// Pays for what leaves, and for shared pages as if they did: whoever asks for a limit wants the
-    /// host to have rest, and the frame that tells of them is next to nothing.
-    fn pay(&mut self, dealt: Dealt) {
-        let bytes = self.frame.wire_bytes() + dealt.shared * PAGE_SIZE as u64;
-        let pacer = &self.outfit.pacer;
-        let waited = pacer.pay(&mut self.account, bytes, &self.cut);
-        if !waited.is_zero() {
-            let nanos = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
-            let counters = &self.outfit.counters;
-            counters.waited_ns.fetch_add(nanos, Ordering::AcqRel);
+    /// Pays for a chunk as if all of it were sent as it is. None where there is nothing to pay.
+    fn pay(&mut self, order: &RoundOrder, runs: &[Run]) -> Option<Paid> {
+        if order.pace != Pace::Limited {
+            return None;
         }
+        let pages: u64 = runs.iter().map(|run| run.range.count).sum();
+        let pacer = &self.outfit.pacer;
+        let paid = pacer.pay(&mut self.account, pages * PAGE_SIZE as u64, &self.cut);
+        let nanos = u64::try_from(paid.waited.as_nanos()).unwrap_or(u64::MAX);
+        let counters = &self.outfit.counters;
+        counters.waited_ns.fetch_add(nanos, Ordering::AcqRel);
+        Some(paid)
+    }
+
+    /// Settles for what leaves, and for shared pages as if they did: whoever asks for a limit wants the
+    /// host to have rest, and the frame that tells of them is next to nothing.
+    fn settle(&mut self, paid: Paid, dealt: Dealt) {
+        let sent = if self.frame.is_empty() {
+            0
+        } else {
+            self.frame.wire_bytes() + dealt.shared * PAGE_SIZE as u64
+        };
+        self.outfit.pacer.settle(&mut self.account, paid, sent);
     }
 
     /// A lane that was cut takes no further chunk.
@@ -208,9 +231,9 @@ impl Sender {
             ZeroPages::Tell => Zeros::Tell,
             ZeroPages::Skip => Zeros::Skip,
         };
-        let (encoder, pacer) = (&self.outfit.encoder, &self.outfit.pacer);
+        let (encoder, limit) = (&self.outfit.encoder, self.limit(order));
         self.differ
-            .begin(order.round, order.deltas, || encoder.thrift(pacer.limit()));
+            .begin(order.round, order.deltas, || encoder.thrift(limit));
         for &run in runs {
             let mut rest = run.range;
             while !rest.is_empty() {

@@ -1,17 +1,28 @@
-//! Threads that run only when nobody else wants to.
+//! Threads that run only when nobody else wants to, until somebody waits for them.
 
 use std::io;
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::unistd::Pid;
 
 /// Puts the calling thread behind every other of this machine: it runs on processors that would be
-/// idle. Needs no right, and is for good: coming back would need one.
+/// idle. Needs no right.
 pub fn give_way() -> io::Result<()> {
+    schedule(Pid::from_raw(0), libc::SCHED_IDLE)
+}
+
+/// Makes a thread that gave way one like any other. Needs `CAP_SYS_NICE`, or an `RLIMIT_NICE` that allows
+/// its nice value.
+pub fn come_back(thread: Pid) -> io::Result<()> {
+    schedule(thread, libc::SCHED_OTHER)
+}
+
+fn schedule(thread: Pid, policy: i32) -> io::Result<()> {
     let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: `parameters` lives as long as the call, which reads it and nothing else of ours; thread 0
-    // is the caller.
-    let outcome = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
+    // SAFETY: `parameters` lives as long as the call, which reads it and nothing else of ours.
+    let outcome =
+        unsafe { libc::sched_setscheduler(thread.as_raw(), policy, &raw const parameters) };
     Errno::result(outcome).map(drop).map_err(io::Error::from)
 }
 
@@ -37,5 +48,31 @@ mod tests {
             assert_eq!(idle.join().unwrap(), libc::SCHED_IDLE);
         });
         assert_eq!(policy(), before);
+    }
+
+    #[test]
+    fn who_is_waited_for_comes_back() {
+        let (gave_way, told) = std::sync::mpsc::channel();
+        let (go_on, waits) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let idle = scope.spawn(move || {
+                give_way().unwrap();
+                gave_way.send(nix::unistd::gettid()).unwrap();
+                waits.recv().unwrap();
+                // SAFETY: asks for the caller's policy; no memory is touched.
+                unsafe { libc::sched_getscheduler(0) }
+            });
+            let outcome = come_back(told.recv().unwrap());
+            go_on.send(()).unwrap();
+            let policy = idle.join().unwrap();
+            match outcome {
+                Ok(()) => assert_eq!(policy, libc::SCHED_OTHER),
+                // Not everybody may.
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+                    assert_eq!(policy, libc::SCHED_IDLE);
+                }
+            }
+        });
     }
 }

@@ -13,6 +13,18 @@ pub(crate) struct Account {
     sent: u64,
 }
 
+impl Account {
+    /// It sent `sent` bytes where it had wanted to send `asked`.
+    pub(super) fn correct(&mut self, asked: u64, sent: u64) {
+        self.sent = self.sent.saturating_sub(asked).saturating_add(sent);
+    }
+
+    #[cfg(test)]
+    pub(super) fn sent(&self) -> u64 {
+        self.sent
+    }
+}
+
 /// A sender's place among those that wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Turn {

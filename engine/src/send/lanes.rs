@@ -56,12 +56,11 @@ impl Driver {
     /// Closes the page lanes once the words before it have left: the target would see them end and
     /// not read why.
     pub(super) fn close_lanes(&self) {
-        self.outfit.pacer.close();
         let flushed = self.control.flushed(PARTING);
-        let senders = Arc::clone(&self.senders);
+        let (senders, pacer) = (Arc::clone(&self.senders), Arc::clone(&self.outfit.pacer));
         tokio::spawn(async move {
             flushed.await;
-            lock(&senders).close();
+            lock(&senders).close(&pacer);
         });
     }
 }

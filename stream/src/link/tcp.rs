@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
 
 use super::socket::SocketLane;
 use super::{Acceptor, Connection, Connector, Lane, Pending};
@@ -15,26 +15,44 @@ use super::{Acceptor, Connection, Connector, Lane, Pending};
 /// anyone choose.
 const WITHIN_HOST: &str = "reno";
 
-/// Opens TCP connections to one address.
+/// Opens TCP connections to one place.
 #[derive(Clone, Debug)]
 pub struct TcpConnector {
-    address: String,
+    place: Place,
     limit: Duration,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    /// A name, which may come to mean another address.
+    Named(String),
+    /// What a name meant when it was looked up.
+    At(Vec<SocketAddr>),
 }
 
 impl TcpConnector {
     /// For `HOST:PORT`, a name being looked up at every connect. A connect that takes longer than
     /// `limit`, look-up included, fails with [`io::ErrorKind::TimedOut`].
     pub fn new(address: impl Into<String>, limit: Duration) -> Self {
-        Self {
-            address: address.into(),
-            limit,
-        }
+        let place = Place::Named(address.into());
+        Self { place, limit }
+    }
+
+    /// For the first of `addresses` that answers: those of one host, as a look-up gives them. A connect
+    /// that takes longer than `limit`, all of them together, fails with [`io::ErrorKind::TimedOut`].
+    pub fn to(addresses: Vec<SocketAddr>, limit: Duration) -> Self {
+        let place = Place::At(addresses);
+        Self { place, limit }
     }
 
     async fn open(&self) -> io::Result<Box<dyn Connection>> {
-        let stream = tokio::time::timeout(self.limit, TcpStream::connect(&self.address)).await??;
-        connection(stream)
+        let connecting = async {
+            match &self.place {
+                Place::Named(name) => TcpStream::connect(name).await,
+                Place::At(addresses) => TcpStream::connect(&addresses[..]).await,
+            }
+        };
+        connection(tokio::time::timeout(self.limit, connecting).await??)
     }
 }
 
@@ -51,8 +69,9 @@ pub struct TcpAcceptor {
 }
 
 impl TcpAcceptor {
-    /// Listens on `HOST:PORT`; port 0 picks a free one.
-    pub async fn bind(address: &str) -> io::Result<Self> {
+    /// Listens on `HOST:PORT`, or on the first of several addresses that can be listened on; port 0 picks
+    /// a free one.
+    pub async fn bind(address: impl ToSocketAddrs) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         Ok(Self { listener })
     }

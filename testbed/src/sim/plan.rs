@@ -253,6 +253,7 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
             flushing: ms(5),
             stopping: ms(30),
             draining: ms(60),
+            standing: ms(20),
             offering: ms(60),
             given: ms(15),
             asking: ms(60),

@@ -56,7 +56,7 @@ impl World {
             Action::StopTracking => self.order(HERE, Job::StopTracking),
             Action::CloseLanes => self.close_lanes(HERE),
             Action::Journal(record) => self.write_journal(HERE, record)?,
-            Action::Tell(_) | Action::Unpace => {}
+            Action::Tell(_) | Action::Unpace | Action::Pace => {}
             Action::Finish(outcome) => self.finish(HERE, outcome)?,
             other => unreachable!("no order for a source: {other:?}"),
         }

@@ -22,21 +22,22 @@ const PRIVATE: u32 = 0o700;
 
 const ANY_PERMISSION: u32 = 0o777;
 
-/// Resolves `HOST:PORT`, and refuses what would leave the host in plain text unasked.
-pub(crate) async fn resolve(authority: &str, common: &Common) -> Result<SocketAddr, Refusal> {
+/// Resolves `HOST:PORT` to at least one address, and refuses what would leave the host in plain text
+/// unasked.
+pub(crate) async fn resolve(authority: &str, common: &Common) -> Result<Vec<SocketAddr>, Refusal> {
     let addresses = tokio::net::lookup_host(authority).await;
-    let mut addresses =
-        addresses.map_err(|error| Refusal::because(format!("{authority}: {error}")))?;
-    let Some(address) = addresses.next() else {
-        return Err(Refusal::because(format!("{authority} has no address")));
-    };
-    if !address.ip().is_loopback() && !common.insecure {
-        return Err(Refusal::because(format!(
+    let addresses: Vec<_> = addresses
+        .map_err(|error| Refusal::because(format!("{authority}: {error}")))?
+        .collect();
+    let leaves = addresses.iter().find(|address| !address.ip().is_loopback());
+    match leaves {
+        _ if addresses.is_empty() => Err(Refusal::because(format!("{authority} has no address"))),
+        Some(address) if !common.insecure => Err(Refusal::because(format!(
             "{address} is not a loopback address, and guest memory would travel there in plain text: \
              use a tunnel, or say --insecure at both ends if the network is yours alone"
-        )));
+        ))),
+        _ => Ok(addresses),
     }
-    Ok(address)
 }
 
 /// Attaches, and checks everything that must hold before anything is changed.

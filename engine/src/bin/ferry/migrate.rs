@@ -53,10 +53,10 @@ struct Started {
 }
 
 async fn start(args: &Migrate) -> Result<Started, Refusal> {
-    let address = host::resolve(&args.target.authority, &args.common).await?;
+    let addresses = host::resolve(&args.target.authority, &args.common).await?;
     let qemu = host::attach(&args.qmp, Side::Source).await?;
     let vm = qemu.vm(Side::Source).map_err(|error| Refusal::of(&error))?;
-    let connector = Arc::new(TcpConnector::new(address.to_string(), CONNECT_LIMIT));
+    let connector = Arc::new(TcpConnector::to(addresses, CONNECT_LIMIT));
     let place = host::journal(qemu.process(), &args.common)?;
     let mut source = Migration::source(vm, connector, args.target.to_string(), place.clone())
         .with_lanes(args.lanes())

@@ -33,20 +33,23 @@ pub(crate) async fn run(args: &Receive) -> ExitCode {
 }
 
 async fn start(args: &Receive) -> Result<TargetJob, Refusal> {
-    let address = host::resolve(&args.listen, &args.common).await?;
+    let addresses = host::resolve(&args.listen, &args.common).await?;
     let qemu = host::attach(&args.qmp, Side::Target).await?;
     let vm = qemu.vm(Side::Target).map_err(|error| Refusal::of(&error))?;
-    let listening = |error| Refusal::because(format!("cannot listen on {address}: {error}"));
-    let acceptor = TcpAcceptor::bind(&address.to_string())
-        .await
-        .map_err(listening)?;
+    let listen = &args.listen;
+    let listening = |error| Refusal::because(format!("cannot listen on {listen}: {error}"));
+    let acceptor = TcpAcceptor::bind(&addresses[..]).await.map_err(listening)?;
     let address = acceptor.local_addr().map_err(listening)?;
     let journal = host::journal(qemu.process(), &args.common)?;
     let job = Migration::target(vm, Box::new(acceptor), journal)
         .start()
         .await;
     let job = job.map_err(|error| Refusal::of(&error))?;
-    say::print(format_args!("Listening on ferry://{address}"));
+    if args.common.json {
+        say::print(serde_json::json!({ "listening": format!("ferry://{address}") }));
+    } else {
+        say::print(format_args!("Listening on ferry://{address}"));
+    }
     Ok(job)
 }
 

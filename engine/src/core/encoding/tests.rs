@@ -328,6 +328,44 @@ fn cores_that_are_too_slow_are_relieved() {
     assert!(auto > 1.05 * zstd, "{auto} of {zstd}");
 }
 
+/// Each of several lanes has its part of the link, and of time.
+#[test]
+fn a_lane_among_others_has_more_time() {
+    let queued = 256 << 10;
+    let chunk = CHUNK as u64;
+    let way = |others: usize| {
+        let mut run = Run::new(Compression::Auto);
+        run.send(1.0, GIGABIT);
+        run.chooser.queued = vec![Some(queued); others];
+        run.chooser.relieve(Effort::Zstd(6), chunk, queued)
+    };
+    let [alone, among_four] = [way(1), way(4)];
+    let speed = |effort| {
+        let found = USUAL.iter().find(|it| it.effort == effort);
+        found.unwrap().speed
+    };
+    assert!(
+        speed(among_four) < speed(alone),
+        "{among_four:?}, {alone:?}"
+    );
+}
+
+#[test]
+fn what_does_not_become_smaller_relieves_nobody() {
+    let mut run = Run::new(Compression::Auto);
+    run.send(1.0, GIGABIT);
+    let wanted = Effort::Zstd(3);
+    for candidate in &mut run.chooser.candidates {
+        if candidate.effort == Effort::Lz4 {
+            candidate.ratio = 1.0;
+        }
+    }
+    for queued in [0, QUEUE as u64] {
+        let way = run.chooser.relieve(wanted, CHUNK as u64, queued);
+        assert_ne!(way, Effort::Lz4, "with {queued} on the way");
+    }
+}
+
 #[test]
 fn a_limit_is_no_reason_for_more_bytes() {
     let mut run = Run::new(Compression::Auto);

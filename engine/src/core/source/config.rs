@@ -98,8 +98,10 @@ pub struct SourceLimits {
     pub flushing: Duration,
     /// For the guest to stop.
     pub stopping: Duration,
-    /// For pages that stand still, and for the device state to be saved.
+    /// For the device state to be saved.
     pub draining: Duration,
+    /// For pages that stand still while the guest does. Kept short: it would stand for a dead link.
+    pub standing: Duration,
     /// For the target to load.
     pub offering: Duration,
     /// For the target's word that it runs, before it is asked.
@@ -127,6 +129,7 @@ impl Default for SourceLimits {
             flushing: Duration::from_secs(60),
             stopping: Duration::from_secs(30),
             draining: Duration::from_secs(60),
+            standing: Duration::from_secs(5),
             offering: Duration::from_secs(60),
             given: Duration::from_secs(15),
             asking: Duration::from_secs(60),

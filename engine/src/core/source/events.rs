@@ -49,7 +49,9 @@ impl Shared {
         if state.is_switching() {
             return state.trouble(self, Reason::ForeignResume);
         }
-        self.held = None;
+        if self.held.take().is_some() && self.config.mode == Mode::Live {
+            self.actions.push_back(Action::Pace);
+        }
         self.hold_ordered = false;
         self.meter.went_on();
         self.tell(Notice::GuestStateChanged(RunState::Running));

@@ -208,6 +208,11 @@ impl Source {
         self.shared.actions.pop_front()
     }
 
+    /// Lanes that the migration begins with.
+    pub(crate) fn first_lanes(&self) -> usize {
+        self.shared.config.lanes.first().get().into()
+    }
+
     /// When [`Source::handle_timeout`] wants to be called, if nothing happens before.
     pub fn poll_timeout(&self) -> Option<Moment> {
         let deadline = self.shared.deadline.map(|(at, _)| at);

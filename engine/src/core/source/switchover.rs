@@ -41,7 +41,7 @@ impl Shared {
         self.add_owed(&mut dirty);
         // Saving the state may write RAM still: what it writes is for the last scan to find.
         let in_flight = self.copy_scanned(Rearm::Yes, dirty);
-        self.bound(self.config.limits.draining);
+        self.bound(self.config.limits.standing);
         State::Draining(Draining {
             left: Left::Sending(in_flight),
             saved: None,
@@ -133,6 +133,7 @@ impl Draining {
             Settled::Done => {
                 let now = shared.now;
                 shared.meter.blackout(|watch| watch.placed(now));
+                shared.bound(shared.config.limits.draining);
                 self.left = Left::Placed;
             }
             Settled::Wrong(reason) => return shared.undo(reason),
@@ -152,6 +153,7 @@ impl Draining {
             let mut owed = shared.blank_set();
             shared.add_owed(&mut owed);
             let lost = shared.lanes.lost();
+            shared.bound(shared.config.limits.standing);
             self.left = Left::Last(Last {
                 in_flight: shared.copy_scanned(Rearm::No, owed),
                 saved,
@@ -192,7 +194,7 @@ impl Shared {
     }
 
     fn offering(&mut self, in_flight: InFlight, saved: Saved, complete: Complete) -> Offering {
-        self.bound(self.config.limits.offering);
+        self.bound(self.config.limits.standing);
         Offering {
             saved,
             complete,
@@ -320,6 +322,7 @@ impl Offering {
             return shared.last_round(owed, self.saved);
         }
         self.in_flight = None;
+        shared.bound(shared.config.limits.offering);
         if self.complete == Complete::Void {
             self.complete = Complete::Stands;
             shared.say_complete(shared.pages_told, self.saved);

@@ -343,6 +343,55 @@ fn a_paused_move_holds_the_guest_before_the_first_round() {
     );
 }
 
+/// Nothing moves while the guest stands: a dead link shows in seconds. The VMM may take longer.
+#[test]
+fn a_guest_that_stands_is_not_kept_waiting_for_pages() {
+    let SourceLimits {
+        standing,
+        draining,
+        offering,
+        ..
+    } = SourceLimits::default();
+    let bounds = |bench: &Bench| bench.machine.poll_timeout().unwrap().since(bench.now);
+    let mut bench = Bench::with(config(), RunState::Running, Verdict::Stop);
+    let mut seen = Vec::new();
+    for (fact, _) in happy_path() {
+        let orders = bench.tell(fact);
+        let phase = bench.machine.phase();
+        if matches!(phase, Phase::Draining | Phase::Offering) {
+            seen.push((orders.join(", "), bounds(&bench)));
+        }
+    }
+    let begun = |word: &str| {
+        let found = seen.iter().find(|(orders, _)| orders.contains(word));
+        found.unwrap_or_else(|| panic!("{word}: {seen:?}")).1
+    };
+    assert_eq!(begun("rearm Yes"), standing);
+    assert_eq!(begun("rearm No"), standing);
+    assert_eq!(begun("send Complete"), standing);
+    let loading = seen.iter().map(|&(_, bound)| bound).max();
+    assert_eq!(loading, Some(offering));
+    // Placed before the state is saved.
+    let mut bench = Bench::at(Phase::Draining);
+    for fact in [scanned(2), sent(2, 2), idle(2), done(2, 2)] {
+        bench.tell(fact);
+    }
+    assert_eq!(bounds(&bench), draining);
+}
+
+#[test]
+fn a_suspended_guest_that_is_resumed_is_sent_within_the_limit_again() {
+    let mut bench = Bench::at(Phase::Copying);
+    bench.tell(Input::Command(Command::Suspend));
+    let at = bench.now;
+    assert_eq!(bench.tell(Input::Paused { at, drained: at }), ["Unpace"]);
+    let orders = bench.tell(Input::Guest(GuestEvent::ForeignResume));
+    assert_eq!(orders, ["Pace", "tell"]);
+    // It runs already.
+    let orders = bench.tell(Input::Guest(GuestEvent::ForeignResume));
+    assert_eq!(orders, ["tell"]);
+}
+
 #[test]
 fn somebody_elses_resume_turns_a_paused_move_into_a_live_one() {
     let mode = Mode::Paused;
