@@ -373,6 +373,30 @@ async fn refused(pair: &Pair, target: ferry_engine::TargetJob) -> Finished {
     ended
 }
 
+/// Strangers that were turned away are forgotten: the source's own question is heard.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_was_turned_away_keeps_nobody_from_asking() -> Outcomes {
+    let pair = Pair::new(&Model::default())?;
+    let (target, address) = pair.listening().await?;
+    let target = target.start().await?;
+    let source = Impostor::greeted(&pair, address).await;
+    for _ in 0..CROWD {
+        let mut second = dial(address).await;
+        second.writer.send(&Message::Hello(offer(&pair))).await?;
+        let answer = next(&mut second).await;
+        assert!(matches!(answer, Some(Message::Abort { .. })), "{answer:?}");
+        assert_eq!(next(&mut second).await, None);
+    }
+    let mut asks = dial(address).await;
+    let hello = hello(Purpose::Inquire, SESSION);
+    asks.writer.send(&Message::Hello(hello)).await?;
+    let answer = next(&mut asks).await;
+    assert!(matches!(answer, Some(Message::Welcome(_))), "{answer:?}");
+    drop(source);
+    refused(&pair, target).await;
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_outside_ram_end_the_migration() -> Outcomes {
     let pages = Model::default().shapes[0].pages;

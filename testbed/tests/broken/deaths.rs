@@ -208,6 +208,56 @@ fn ferry_migrate_dies_while_the_guest_is_paused() {
     again.assert_moved(&bed);
 }
 
+/// Whoever dies while the target takes pages from the source's RAM: it is as between two hosts.
+#[test]
+fn deaths_within_the_host() {
+    let _turn = Turn::take().unwrap();
+    let bed = Bed::new(machine());
+    let hold_at = |kind| {
+        let attempt = bed.attempt_near(&["--live"], at(kind));
+        held(&attempt);
+        let passed = attempt.proxy.passed();
+        let is_pages = |frame: &FrameName| frame.kind == Kind::Pages;
+        assert!(!passed.iter().any(is_pages), "pages came by the proxy");
+        attempt
+    };
+    for kind in [Kind::Paused, Kind::Ready] {
+        println!("the target's QEMU, {kind:?}");
+        let attempt = hold_at(kind);
+        attempt.target.kill().unwrap();
+        attempt.proxy.release();
+        let tried = attempt.end();
+        tried.assert_kept(&bed, 1);
+        let shared = tried.migrate.json()["pages_shared"].as_u64();
+        assert!(shared.is_some_and(|pages| pages > 0), "{:?}", tried.migrate);
+    }
+    for kind in [Kind::RoundDone, Kind::Ready] {
+        println!("ferry receive, {kind:?}");
+        let attempt = hold_at(kind);
+        attempt.receive.signal(Signal::SIGKILL).unwrap();
+        attempt.proxy.cut(Reach::Gone);
+        let tried = attempt.end();
+        assert_told(&tried.migrate, 1, "kept", "the link to the peer was lost");
+        bed.assert_kept();
+    }
+    println!("ferry migrate");
+    let attempt = hold_at(Kind::RoundDone);
+    attempt.migrate.signal(Signal::SIGKILL).unwrap();
+    attempt.proxy.cut(Reach::Gone);
+    let tried = attempt.end();
+    bed.assert_runs();
+    tried.target.wait_for_end(BOUND).unwrap();
+    assert_eq!(tried.receive.wait(BOUND).unwrap().code(), 1);
+    println!("the source's QEMU");
+    let attempt = hold_at(Kind::Paused);
+    bed.source.kill().unwrap();
+    attempt.proxy.release();
+    let tried = attempt.end();
+    assert_told(&tried.migrate, 1, "kept", "the guest is gone");
+    tried.target.wait_for_end(BOUND).unwrap();
+    assert_eq!(tried.receive.wait(BOUND).unwrap().code(), 1);
+}
+
 fn record(journal: &Path) -> Option<Record> {
     let name = journal.file_stem().unwrap().to_str().unwrap();
     let journal = Journal::open(journal.parent().unwrap(), name, SessionId([0; 16]), "");

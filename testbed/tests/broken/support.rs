@@ -56,7 +56,27 @@ impl Bed {
         self.attempt_to(target, args, rule)
     }
 
+    /// The same, the target taking pages from the source's RAM: `rule` sees none of them.
+    pub(crate) fn attempt_near(
+        &self,
+        args: &[&str],
+        rule: impl FnMut(FrameName, &mut Vec<u8>) -> Deed + Send + 'static,
+    ) -> Attempt {
+        let target = self.machine.clone().incoming().start().unwrap();
+        self.begin(target, args, rule)
+    }
+
     pub(crate) fn attempt_to(
+        &self,
+        target: Qemu,
+        args: &[&str],
+        rule: impl FnMut(FrameName, &mut Vec<u8>) -> Deed + Send + 'static,
+    ) -> Attempt {
+        // Page lanes within a host would pass the proxy by.
+        self.begin(target, &[&["--within-host=never"], args].concat(), rule)
+    }
+
+    fn begin(
         &self,
         target: Qemu,
         args: &[&str],
@@ -66,9 +86,7 @@ impl Bed {
         let (receive, uri) = Ferry::receive(&target, &["--json"]).unwrap();
         let proxy = Proxy::start(&uri, rule).unwrap();
         let watch = Watch::start(self.page.clone(), arrived.clone());
-        // Page lanes within a host would pass the proxy by.
-        let args = [&["--within-host=never"], args].concat();
-        let migrate = Ferry::migrate(&self.source, &proxy.uri(), &args).unwrap();
+        let migrate = Ferry::migrate(&self.source, &proxy.uri(), args).unwrap();
         Attempt {
             migrate,
             receive,
