@@ -28,7 +28,7 @@ use crate::journal::Journal;
 use crate::lanes::ahead::Ahead;
 use crate::lanes::receive::{Place, Receivers, ReceivingLane, Tally};
 use crate::send::{PARTING, VmSide, order_journal};
-use crate::vmm::{Ram, VmmError};
+use crate::vmm::{Ram, RamWindow, VmmError};
 use crate::worker::{Clock, Facts, Worker};
 
 /// What the driver is made of.
@@ -61,6 +61,8 @@ pub(crate) struct Driver {
     silence: Silence,
     control: Option<Control>,
     place: Place,
+    /// The source's RAM, where it has lent it: held until the end, for others give it back in a hurry.
+    lent: Option<Arc<[RamWindow]>>,
     /// Where the lanes go that a source on this host passes.
     passed: mpsc::Sender<BoxedConnection>,
     receivers: Receivers,
@@ -112,6 +114,7 @@ impl Driver {
                 ram: parts.ram,
                 windows: None,
             },
+            lent: None,
             passed,
             ahead,
             receivers: Receivers::default(),
@@ -261,7 +264,8 @@ impl Driver {
     /// RAM is complete. Every lane has ended before the load begins, and nobody allocates any more:
     /// nothing that a source still sends writes the RAM of a guest that is loaded, or runs.
     fn release(&mut self, bytes: u64, crc: u32) {
-        // The source's memory is the source's alone again.
+        // No lane comes any more. The windows are taken down later: that takes a while, and a guest is
+        // waiting.
         self.place.windows = None;
         let (mut receivers, state) = (std::mem::take(&mut self.receivers), self.state.clone());
         let quiet = self.ahead.quiet();
@@ -287,10 +291,11 @@ impl Driver {
         }
         let keeps_journal = matches!(outcome, Outcome::InDoubt { .. });
         let (mut receivers, vm, journal) = (self.receivers, self.vm, self.journal);
-        let ahead = self.ahead;
+        let (ahead, lent) = (self.ahead, self.lent);
         let ended = tokio::task::spawn_blocking(move || {
             receivers.join();
             ahead.join();
+            drop(lent);
             drop(vm.finish());
             match journal.finish() {
                 Some(journal) if !keeps_journal => journal.remove(),

@@ -19,10 +19,12 @@ use std::error::Error as StdError;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::os::unix::fs::FileExt as _;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crate::core::layout::{Layout, PageRange, RegionIndex};
+use crate::linux::window_view::WindowView;
 
 /// What went wrong inside a VMM, told by its adapter.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +96,40 @@ pub struct RamWindow {
     pub file: File,
     /// Which bytes of the file: as many as the region has.
     pub bytes: Range<u64>,
+    /// The same, mapped, where that can be had and somebody has read it.
+    view: OnceLock<Option<WindowView>>,
+}
+
+impl RamWindow {
+    /// The region in `bytes` of `file`.
+    pub fn new(file: File, bytes: Range<u64>) -> Self {
+        Self {
+            file,
+            bytes,
+            view: OnceLock::new(),
+        }
+    }
+
+    /// The mapping of it, if it can be read through one. Fails when the file ends before byte `end` of
+    /// the window.
+    pub(crate) fn view(&self, end: u64) -> io::Result<Option<&WindowView>> {
+        let map = || WindowView::new(&self.file, &self.bytes).ok();
+        let Some(view) = self.view.get_or_init(map) else {
+            return Ok(None);
+        };
+        if self.file.metadata()?.len() < self.bytes.start.saturating_add(end) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(Some(view))
+    }
+
+    /// Copies from `offset` in the window as many bytes as `into` has.
+    pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        match self.view(offset.saturating_add(into.len() as u64))? {
+            Some(view) => view.read(offset, into),
+            None => self.file.read_exact_at(into, self.bytes.start + offset),
+        }
+    }
 }
 
 /// Guest RAM.
@@ -163,8 +199,8 @@ pub trait Ram: Send + Sync {
 
     /// Target: copies `range` from `window`, a source's of the same region, as it is now.
     ///
-    /// The source's guest may be writing there, and its engine may do anything to the file: one that
-    /// is too short by now is an error. On an error the range holds anything, as with
+    /// The source's guest may be writing there. A file that is too short by now is an error; one that is
+    /// cut short during the call may end the process. On an error the range holds anything, as with
     /// [`Ram::receive`].
     fn fetch(
         &self,

@@ -107,10 +107,10 @@ fn source_of(range: PageRange, byte: u8) -> Ram {
 }
 
 fn window(source: &Ram) -> RamWindow {
-    RamWindow {
-        file: source.file.try_clone().unwrap(),
-        bytes: SOURCE_START..SOURCE_START + RAM_BYTES,
-    }
+    RamWindow::new(
+        source.file.try_clone().unwrap(),
+        SOURCE_START..SOURCE_START + RAM_BYTES,
+    )
 }
 
 fn apply(ram: &SharedRam, change: &Change, oracle: &mut [u8]) {
@@ -421,10 +421,7 @@ fn a_source_that_is_cut_short_is_an_error() {
             }
         }
         ram.fetch(REGION, PageRange::new(0, 5), &window).unwrap();
-        let smaller = RamWindow {
-            bytes: 0..PAGE_SIZE as u64,
-            ..window
-        };
+        let smaller = RamWindow::new(window.file, 0..PAGE_SIZE as u64);
         let fetched = ram.fetch(REGION, PageRange::new(1, 1), &smaller);
         assert!(matches!(fetched, Err(VmmError::Unfit { .. })), "{kind}");
     }

@@ -18,10 +18,8 @@
 //! runs in turn: straight into place 0.48; through a buffer of 128 to 512 KiB and from there by
 //! `rep movsb` 0.53, by `memcpy` 0.53, by relaxed atomic words 0.51; of 32 KiB 0.67.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
 use std::sync::OnceLock;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
@@ -30,6 +28,7 @@ use nix::errno::Errno;
 use super::RamFile;
 use super::page_bits::{Claim, PageBits};
 use crate::core::layout::PAGE_SIZE;
+use crate::vmm::RamWindow;
 
 /// Bytes that are read at a time, so that their checksum is taken while a core's cache has them.
 const RECEIVE_BYTES: usize = 256 * 1024;
@@ -45,6 +44,8 @@ pub struct GuestMapping {
     claims: PageBits,
     /// Pages that were made present ahead of their coming.
     ahead: OnceLock<PageBits>,
+    /// Pages that may hold something else than what they held when they were blanked.
+    touched: PageBits,
     /// What makes pages present that can be written at once.
     to_be_writable: Advice,
 }
@@ -72,6 +73,7 @@ impl GuestMapping {
         Ok(Self {
             claims: PageBits::new(memory.len() as u64),
             ahead: OnceLock::new(),
+            touched: PageBits::new(memory.len() as u64),
             memory,
             to_be_writable,
         })
@@ -117,6 +119,7 @@ impl GuestMapping {
         from: &mut dyn io::Read,
         hasher: &mut crc32fast::Hasher,
     ) -> io::Result<()> {
+        self.touch(claim.bytes());
         let memory = self.exclusive(claim)?;
         for chunk in memory.chunks_mut(RECEIVE_BYTES) {
             from.read_exact(chunk)?;
@@ -126,12 +129,45 @@ impl GuestMapping {
         Ok(())
     }
 
-    /// Fills what is claimed with what `from` has at `offset`, in one copy.
+    /// Whoever writes to pages by another way than through this mapping says so before.
+    pub(super) fn touch(&self, bytes: &Range<u64>) {
+        self.touched.set(bytes);
+    }
+
+    /// Fills what is claimed with what `from` has at `offset`, in one copy. Where both are zero nothing is
+    /// written, nor read of what was never touched.
     ///
-    /// The pages must be [present](Self::make_present), and no guest may run in them yet.
-    pub(super) fn fetch(&self, claim: &mut Claim<'_>, from: &File, offset: u64) -> io::Result<()> {
+    /// The pages must have been blanked and be [present](Self::make_present), and no guest may run in them
+    /// yet.
+    pub(super) fn fetch(
+        &self,
+        claim: &mut Claim<'_>,
+        from: &RamWindow,
+        offset: u64,
+    ) -> io::Result<()> {
+        let bytes = claim.bytes().clone();
+        let Some(view) = from.view(offset + (bytes.end - bytes.start))? else {
+            self.touch(&bytes);
+            return from.read(offset, self.exclusive(claim)?);
+        };
+        let was_blank = !self.touched.has_any(&bytes);
         let memory = self.exclusive(claim)?;
-        from.read_exact_at(memory, offset)
+        let mut is_blank = true;
+        for (at, page) in (offset..)
+            .step_by(PAGE_SIZE)
+            .zip(memory.chunks_mut(PAGE_SIZE))
+        {
+            if !view.is_zero(at)? {
+                if is_blank {
+                    is_blank = false;
+                    self.touch(&bytes);
+                }
+                view.read(at, page)?;
+            } else if !was_blank && *page != ZERO_PAGE[..page.len()] {
+                page.fill(0);
+            }
+        }
+        Ok(())
     }
 
     /// Makes what is claimed zero, and writes only those pages that are not.
@@ -207,6 +243,8 @@ impl GuestMapping {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use super::*;
 
     const PAGES: usize = 512;

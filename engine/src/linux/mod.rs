@@ -33,6 +33,7 @@ pub mod shared_ram;
 pub mod socket;
 pub mod tracker;
 pub mod uffd;
+pub(crate) mod window_view;
 
 pub use error::Error;
 pub use pidfd::{Process, ProcessId, RemoteFd};

@@ -59,6 +59,14 @@ impl PageBits {
         }
     }
 
+    /// True when the bit of any page of `bytes` is set.
+    pub(super) fn has_any(&self, bytes: &Range<u64>) -> bool {
+        words_of(bytes).any(|(word, mask, _)| {
+            let word = self.0.get(word);
+            word.is_some_and(|word| word.load(Ordering::Acquire) & mask != 0)
+        })
+    }
+
     /// True when the bit of every page of `bytes` is set.
     pub(super) fn contains(&self, bytes: &Range<u64>) -> bool {
         words_of(bytes).all(|(word, mask, _)| {

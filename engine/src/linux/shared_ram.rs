@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
 use std::sync::{Mutex, OnceLock, TryLockError};
 use std::thread;
 
@@ -172,10 +171,10 @@ impl Ram for SharedRam {
 
     fn windows(&self) -> Option<Vec<RamWindow>> {
         let windows = self.backings.iter().map(|backing| {
-            Some(RamWindow {
-                file: backing.file.reader()?,
-                bytes: backing.bytes.clone(),
-            })
+            Some(RamWindow::new(
+                backing.file.reader()?,
+                backing.bytes.clone(),
+            ))
         });
         windows.collect()
     }
@@ -243,13 +242,12 @@ impl Ram for SharedRam {
                 what: format!("{range} of {region} lie outside what the source shares"),
             });
         }
-        let from = window.bytes.start + within.start;
         let mut claim = backing.claim(&bytes)?;
         if let (Some(mapping), Some(claim)) = (backing.present_at(&bytes), &mut claim) {
-            let outcome = mapping.fetch(claim, &window.file, from);
+            let outcome = mapping.fetch(claim, window, within.start);
             return outcome.map_err(|error| backing.failure("fetching", error));
         }
-        let outcome = backing.fetch(bytes, window, from);
+        let outcome = backing.fetch(bytes, window, within.start);
         outcome.map_err(|error| backing.failure("fetching", error))
     }
 
@@ -371,6 +369,7 @@ impl Backing {
             return self.file.write(offset, from);
         };
         let within = offset - self.bytes.start;
+        mapping.touch(&(within..within + from.len() as u64));
         if self.file.is_hugetlb() {
             return mapping.write(within, from);
         }
@@ -401,13 +400,13 @@ impl Backing {
         })
     }
 
-    /// Makes bytes of the file what `window` has at `from`. Where that is zero nothing is allocated.
+    /// Makes bytes of the file what `window` has from `from` on. Where that is zero nothing is allocated.
     fn fetch(&self, bytes: Range<u64>, window: &RamWindow, from: u64) -> io::Result<()> {
         // Cleared once the chunk's buffer is free again: clearing takes one as well.
         let mut zeros: Vec<Range<u64>> = Vec::new();
         in_chunks(bytes.clone(), |offset, chunk| {
             let theirs = from + (offset - bytes.start);
-            window.file.read_exact_at(chunk, theirs)?;
+            window.read(theirs, chunk)?;
             let (mut at, mut rest) = (offset, &*chunk);
             while let Some((run, is_zero)) = alike(rest) {
                 let end = at + run.len() as u64;

@@ -118,10 +118,7 @@ fn window(place: [u8; WINDOW_BYTES], fd: OwnedFd, region_bytes: u64) -> io::Resu
     let end = end.filter(|end| length == region_bytes && *end <= metadata.len());
     match end {
         // Reading anything else may have effects, or never end.
-        Some(end) if metadata.is_file() => Ok(RamWindow {
-            file,
-            bytes: start..end,
-        }),
+        Some(end) if metadata.is_file() => Ok(RamWindow::new(file, start..end)),
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
 }

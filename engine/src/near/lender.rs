@@ -119,7 +119,7 @@ async fn lend(
     drop((listener, visitors));
     // Before the last file is given: the target's welcome may come at once.
     let door = door.get_or_init(|| known);
-    for RamWindow { file, bytes } in &windows {
+    for RamWindow { file, bytes, .. } in &windows {
         let mut place = [0; WINDOW_BYTES];
         place[..8].copy_from_slice(&bytes.start.to_le_bytes());
         place[8..].copy_from_slice(&(bytes.end - bytes.start).to_le_bytes());

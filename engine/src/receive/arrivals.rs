@@ -58,6 +58,7 @@ impl Driver {
         } = arrival;
         if let Some(borrowed) = borrowed {
             self.place.windows = Some(Arc::clone(&borrowed.windows));
+            self.lent = Some(Arc::clone(&borrowed.windows));
             self.talks.spawn(borrowed.lanes(self.passed.clone()));
         }
         let session = hello.session;

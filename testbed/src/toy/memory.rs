@@ -118,10 +118,7 @@ impl Ram for Memory {
         let windows = windows.map(|(file, (_, region))| {
             // Opened anew: what is given away cannot be written through.
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            Some(RamWindow {
-                file: File::open(path).ok()?,
-                bytes: 0..region.bytes,
-            })
+            Some(RamWindow::new(File::open(path).ok()?, 0..region.bytes))
         });
         windows.collect()
     }

@@ -98,9 +98,10 @@ pub struct SourceLimits {
     pub flushing: Duration,
     /// For the guest to stop.
     pub stopping: Duration,
-    /// For the device state to be saved.
+    /// For pages that stand still, and for the device state to be saved.
     pub draining: Duration,
-    /// For pages that stand still while the guest does. Kept short: it would stand for a dead link.
+    /// For pages that stand still while a guest that was copied live is handed over: it would stand for a
+    /// dead link.
     pub standing: Duration,
     /// For the target to load.
     pub offering: Duration,

@@ -65,6 +65,17 @@ impl Shared {
         self.deadline = Some((self.now.after(limit), limit));
     }
 
+    /// Bounds how long pages may stand still with the guest being handed over. A guest that stood for the
+    /// copy before is not hurried.
+    pub(super) fn bound_standing(&mut self) {
+        let limits = &self.config.limits;
+        let limit = match self.held {
+            None => limits.standing,
+            Some(_) => limits.draining,
+        };
+        self.bound(limit);
+    }
+
     pub(super) fn unbound(&mut self) {
         self.deadline = None;
     }

@@ -41,7 +41,7 @@ impl Shared {
         self.add_owed(&mut dirty);
         // Saving the state may write RAM still: what it writes is for the last scan to find.
         let in_flight = self.copy_scanned(Rearm::Yes, dirty);
-        self.bound(self.config.limits.standing);
+        self.bound_standing();
         State::Draining(Draining {
             left: Left::Sending(in_flight),
             saved: None,
@@ -153,7 +153,7 @@ impl Draining {
             let mut owed = shared.blank_set();
             shared.add_owed(&mut owed);
             let lost = shared.lanes.lost();
-            shared.bound(shared.config.limits.standing);
+            shared.bound_standing();
             self.left = Left::Last(Last {
                 in_flight: shared.copy_scanned(Rearm::No, owed),
                 saved,
@@ -194,7 +194,7 @@ impl Shared {
     }
 
     fn offering(&mut self, in_flight: InFlight, saved: Saved, complete: Complete) -> Offering {
-        self.bound(self.config.limits.standing);
+        self.bound_standing();
         Offering {
             saved,
             complete,

@@ -377,6 +377,18 @@ fn a_guest_that_stands_is_not_kept_waiting_for_pages() {
         bench.tell(fact);
     }
     assert_eq!(bounds(&bench), draining);
+    // It stood for the copy already.
+    let mut bench = Bench::at(Phase::Copying);
+    bench.tell(Input::Command(Command::Suspend));
+    let at = bench.now;
+    let paused = || Input::Paused { at, drained: at };
+    for fact in [paused(), idle(1), sent(1, 3), done(1, 3)] {
+        bench.tell(fact);
+    }
+    bench.tell(Input::Collected { found: pages(1) });
+    bench.tell(paused());
+    assert_eq!(bench.machine.phase(), Phase::Draining);
+    assert_eq!(bounds(&bench), draining);
 }
 
 #[test]
