@@ -11,7 +11,8 @@
 //! in place, and every lane has ended before the guest is loaded: nothing is read after Go.
 //!
 //! What is otherwise the source's to find is not found: it reads no page, so zero pages are the target's
-//! to see (it allocates nothing for them), they count as told, and nothing is packed. Lanes do not grow
+//! to see (it allocates nothing for them, though room may have been made ahead where the source's file has
+//! data), they count as told, and nothing is packed. Lanes do not grow
 //! in number either, since hardly a byte is on them: those that a move begins with are copying threads.
 
 pub(crate) mod borrower;

@@ -110,22 +110,18 @@ impl RamWindow {
         }
     }
 
-    /// The mapping of it, if it can be read through one. Fails when the file ends before byte `end` of
-    /// the window.
-    pub(crate) fn view(&self, end: u64) -> io::Result<Option<&WindowView>> {
+    /// The mapping of it, if `range` of it can be read through one: where the file has a hole by now, or
+    /// ends, it must be read itself, which allocates nothing and fails in an orderly way.
+    pub(crate) fn view(&self, range: Range<u64>) -> Option<&WindowView> {
         let map = || WindowView::new(&self.file, &self.bytes).ok();
-        let Some(view) = self.view.get_or_init(map) else {
-            return Ok(None);
-        };
-        if self.file.metadata()?.len() < self.bytes.start.saturating_add(end) {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        Ok(Some(view))
+        let view = self.view.get_or_init(map).as_ref()?;
+        view.is_whole(&range).then_some(view)
     }
 
     /// Copies from `offset` in the window as many bytes as `into` has.
     pub(crate) fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        match self.view(offset.saturating_add(into.len() as u64))? {
+        let end = offset.saturating_add(into.len() as u64);
+        match self.view(offset..end) {
             Some(view) => view.read(offset, into),
             None => self.file.read_exact_at(into, self.bytes.start + offset),
         }

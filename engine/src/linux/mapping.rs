@@ -146,7 +146,7 @@ impl GuestMapping {
         offset: u64,
     ) -> io::Result<()> {
         let bytes = claim.bytes().clone();
-        let Some(view) = from.view(offset + (bytes.end - bytes.start))? else {
+        let Some(view) = from.view(offset..offset + (bytes.end - bytes.start)) else {
             self.touch(&bytes);
             return from.read(offset, self.exclusive(claim)?);
         };

@@ -8,6 +8,8 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
+use nix::unistd::{Pid, getpid};
+
 use super::{Error, Process};
 
 /// What the kernel puts behind the name of a file that was unlinked.
@@ -98,6 +100,28 @@ impl Mapping {
 /// Reads the mappings that a process has now, ordered by address.
 pub fn of_process(process: &Process) -> Result<Vec<Mapping>, Error> {
     parse(&process.read_proc("maps")?)
+}
+
+/// Processes that have a writable, shared mapping of a file, as far as this one may look at them; without
+/// itself and `but`.
+pub fn writers_of(device: Device, inode: u64, but: Pid) -> Vec<Pid> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let others = processes.filter_map(|entry| {
+        let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?);
+        (pid != but && pid != getpid()).then_some(pid)
+    });
+    others
+        .filter(|pid| {
+            // One that has ended, or belongs to somebody else.
+            let text = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
+            parse(&text).unwrap_or_default().iter().any(|mapping| {
+                let permissions = mapping.permissions;
+                (mapping.device, mapping.inode) == (device, inode)
+                    && permissions.write
+                    && permissions.shared
+            })
+        })
+        .collect()
 }
 
 /// Parses the text of a `maps` file.

@@ -6,11 +6,13 @@
 //! mapping also lets zero pages be found without a copy of them.
 //!
 //! What a mapping cannot do:
-//! - To read a hole of a tmpfs file through a mapping allocates it. So only what the source has named is
-//!   read, which it found allocated; a page that its guest has given back since is allocated again, zero.
-//! - A page behind the end of the file is a `SIGBUS`, no error. A file that is too short is found before
-//!   each copy; who cuts it short in the middle of one, which no VMM does with the RAM of its guest, ends
-//!   this process. The guest is at the source then, and stays there.
+//! - To read a hole of a tmpfs file through a mapping allocates it, and is a `SIGBUS` where there is no
+//!   room; so is a page behind the end of the file. Therefore the kernel is asked before whether all
+//!   pages of a piece are in memory, and they are read from the file where one is not, or is swapped out.
+//!   (To look for a hole by `SEEK_HOLE` would look through all data up to the next one.)
+//! - Between that look and the copy a guest may give a page back: it is allocated again, zero. Who cuts the
+//!   file short in that moment, which no VMM does with the RAM of its guest, or gives a page back while the
+//!   file system is full, ends this process. The guest is at the source then, and stays there.
 
 use std::fs::File;
 use std::io;
@@ -18,12 +20,16 @@ use std::ops::Range;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use nix::errno::Errno;
+use nix::libc::mincore;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use crate::core::layout::PAGE_SIZE;
 
 /// Words of a page that are looked at between two decisions.
 const WORDS_AT_ONCE: usize = 8;
+
+/// Pages of which the kernel is asked at a time whether they are in memory.
+const PAGES_AT_ONCE: usize = 128;
 
 /// A part of a file, mapped.
 #[derive(Debug)]
@@ -50,6 +56,26 @@ impl WindowView {
         // Then nobody notes, when it is taken down, which pages were read: a third of the time.
         memory.advise(Advice::Sequential)?;
         Ok(Self { memory })
+    }
+
+    /// Whether every page of `range` is in memory, and so neither a hole nor behind the end of the file.
+    pub(crate) fn is_whole(&self, range: &Range<u64>) -> bool {
+        let mut pieces = (range.start..range.end).step_by(PAGES_AT_ONCE * PAGE_SIZE);
+        pieces.all(|start| {
+            let end = range.end.min(start + (PAGES_AT_ONCE * PAGE_SIZE) as u64);
+            let Ok(length) = usize::try_from(end - start) else {
+                return false;
+            };
+            let Ok(place) = self.at(start, length) else {
+                return false;
+            };
+            let mut seen = [0; PAGES_AT_ONCE];
+            // SAFETY: the kernel writes a byte into `seen` for each page of `length` bytes, of which there
+            // are no more than it has; the pages themselves it neither reads nor writes.
+            let told = unsafe { mincore(place.cast_mut().cast(), length, seen.as_mut_ptr()) };
+            let pages = length.div_ceil(PAGE_SIZE);
+            told == 0 && seen[..pages].iter().all(|page| page & 1 != 0)
+        })
     }
 
     /// Whether the page at `offset`, a multiple of its size, is all zeros. Whoever writes it meanwhile may

@@ -164,6 +164,9 @@ impl Qemu {
         problems.extend(devices(qemu).await?);
         problems.extend(netdevs(&qemu.monitor().human("info network").await?));
         problems.extend(confidential(qemu).await?);
+        if side == Side::Target {
+            problems.extend(self.survey().shared_with_others(qemu.process()));
+        }
         if side == Side::Source {
             let nodes = QueryNamedBlockNodes { flat: Some(true) };
             problems.extend(disks(&qemu.monitor().ask(nodes).await?));

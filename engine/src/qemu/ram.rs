@@ -158,6 +158,26 @@ impl Survey {
         Ok((ram, tracker))
     }
 
+    /// Whose RAM a target's is besides: it is about to be cleared.
+    pub(super) fn shared_with_others(&self, process: &Process) -> Vec<Problem> {
+        let shared = self.regions.iter().filter_map(|found| {
+            let Mapping { device, inode, .. } = found.mapping;
+            let others = maps::writers_of(device, inode, process.pid());
+            let others: Vec<_> = others.iter().map(ToString::to_string).collect();
+            (!others.is_empty()).then(|| Problem {
+                code: ProblemCode::Ram,
+                found: format!(
+                    "the file of guest RAM {} is written by process {} as well: the target's is cleared \
+                     before a guest comes, and would clear that",
+                    found.region.name,
+                    others.join(", ")
+                ),
+                remedy: "start the target's QEMU with a mem-path of its own".to_owned(),
+            })
+        });
+        shared.collect()
+    }
+
     /// What only all regions together show.
     fn check_whole(&mut self) {
         for (index, found) in self.regions.iter().enumerate() {

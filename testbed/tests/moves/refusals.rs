@@ -2,7 +2,7 @@
 
 use ferry_testbed::{Ferry, QemuVersion, Turn};
 
-use crate::pair::{BOUND, Pair, SLOW, small};
+use crate::pair::{BOUND, Pair, SLOW, assert_whole, small};
 
 #[test]
 fn a_second_migration_of_one_guest_is_refused() {
@@ -41,4 +41,22 @@ fn a_target_that_cannot_be_reached_leaves_nothing() {
     assert_eq!(refused.code(), 2, "{refused:?}");
     let left = std::fs::read_dir(qemu.folder().join("state"));
     assert_eq!(left.into_iter().flatten().count(), 0, "a journal is left");
+}
+
+/// As with the source's command line used for the target as it is, on one host.
+#[test]
+fn a_target_on_the_memory_of_a_running_guest_is_refused() {
+    let _turn = Turn::take().unwrap();
+    let machine = small(QemuVersion::V10_0);
+    let source = machine.start().unwrap();
+    let page = source.wait_for_guest(BOUND).unwrap();
+    let target = machine.incoming().on_ram_of(&source).start().unwrap();
+    let refused = Ferry::refused_receive(&target, &["--json"]).unwrap();
+    assert_eq!(refused.code(), 2, "{refused:?}");
+    assert_eq!(refused.json()["problems"][0]["code"], "ram");
+    assert!(
+        refused.stderr.contains("mem-path of its own"),
+        "{refused:?}"
+    );
+    assert_whole(&page);
 }

@@ -49,7 +49,7 @@ impl Shared {
         if state.is_switching() {
             return state.trouble(self, Reason::ForeignResume);
         }
-        if self.held.take().is_some() && self.config.mode == Mode::Live {
+        if self.held.take().is_some() && self.asked == Mode::Live {
             self.actions.push_back(Action::Pace);
         }
         self.hold_ordered = false;

@@ -42,7 +42,7 @@ use std::collections::VecDeque;
 use std::mem;
 use std::time::Duration;
 
-use ferry_stream::message::{Features, Message, Round};
+use ferry_stream::message::{Features, Message, Mode, Round};
 
 pub use ferry_stream::limits::MAX_LANES;
 
@@ -103,6 +103,8 @@ struct Shared {
     growth: Option<Growth>,
     round: Round,
     pages_told: u64,
+    /// How the guest was to be copied: whoever wants it paused for that has its copy paced, too.
+    asked: Mode,
     /// The state in which people want the guest, whatever the engine does with it meanwhile.
     wanted: RunState,
     /// When the engine paused the guest for a copy, if it did.
@@ -172,6 +174,7 @@ impl Source {
             growth,
             round: Round(0),
             pages_told: 0,
+            asked: config.mode,
             wanted: guest,
             held: None,
             hold_ordered: false,

@@ -16,7 +16,7 @@ impl Shared {
         if self.hold_ordered {
             self.held = Some(at);
             // The guest would pay for a limit with its time. Without `--live` it was known to.
-            if self.config.mode == Mode::Live {
+            if self.asked == Mode::Live {
                 self.actions.push_back(Action::Unpace);
             }
             self.meter.stopped(at);
@@ -70,7 +70,8 @@ impl Shared {
     pub(super) fn bound_standing(&mut self) {
         let limits = &self.config.limits;
         let limit = match self.held {
-            None => limits.standing,
+            // Who accepts a longer blackout accepts slower links.
+            None => limits.standing.max(self.config.downtime_limit * 2),
             Some(_) => limits.draining,
         };
         self.bound(limit);

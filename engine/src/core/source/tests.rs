@@ -404,6 +404,25 @@ fn a_suspended_guest_that_is_resumed_is_sent_within_the_limit_again() {
     assert_eq!(orders, ["tell"]);
 }
 
+/// It was to be copied live, and stands for the whole copy: no limit is worth that.
+#[test]
+fn a_live_move_that_is_suspended_before_its_first_round_is_not_paced() {
+    let mut bench = Bench::with(config(), RunState::Running, Verdict::Continue);
+    let mut facts = happy_path().into_iter();
+    while bench.machine.phase() != Phase::Preparing {
+        bench.tell(facts.next().unwrap().0);
+    }
+    bench.tell(Input::Command(Command::Suspend));
+    let orders: Vec<_> = facts
+        .take(6)
+        .flat_map(|(fact, _)| bench.tell(fact))
+        .collect();
+    assert!(orders.contains(&"Pause(Copy)".to_owned()), "{orders:?}");
+    let at = bench.now;
+    let orders = bench.tell(Input::Paused { at, drained: at });
+    assert_eq!(orders[0], "Unpace");
+}
+
 #[test]
 fn somebody_elses_resume_turns_a_paused_move_into_a_live_one() {
     let mode = Mode::Paused;
