@@ -510,7 +510,7 @@ pub(crate) mod tests {
         cut_short.planned.push("idle".into());
         assert_eq!(told(&cut_short, "idle: total"), 1);
         cut_short.planned.clear();
-        assert_eq!(told(&cut_short, "unknown"), 10);
+        assert_eq!(told(&cut_short, "unknown"), 11);
         // Nothing of these must hold.
         cut_short.planned.push("hot".into());
         assert_eq!(missed(&cut_short).len(), 1);

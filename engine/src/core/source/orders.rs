@@ -71,7 +71,10 @@ impl Shared {
         let limits = &self.config.limits;
         let limit = match self.held {
             // Who accepts a longer blackout accepts slower links.
-            None => limits.standing.max(self.config.downtime_limit * 2),
+            None => {
+                let accepted = self.config.downtime_limit.saturating_mul(2);
+                limits.standing.max(accepted.min(limits.draining))
+            }
             Some(_) => limits.draining,
         };
         self.bound(limit);
