@@ -12,10 +12,13 @@ use ferry_engine::vmm::RunState;
 use ferry_stream::lane::ControlLane;
 use ferry_testbed::toy::{Model, Pair};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// Longer than any test here may take.
 const BOUND: Duration = Duration::from_secs(30);
+
+/// How often a false target says that it is there.
+const PING: Duration = Duration::from_millis(200);
 
 type Control = ControlLane<Box<dyn Connection>>;
 
@@ -104,6 +107,10 @@ async fn false_target(mut acceptor: LocalAcceptor, welcome: Welcome, last: Messa
         control.writer.send(&Message::Prepared).await.unwrap();
     }
     control.writer.send(&last).await.unwrap();
+    // It lies and does not fall silent: on a slow machine the source would hear of that first.
+    while control.writer.send(&Message::Ping).await.is_ok() {
+        sleep(PING).await;
+    }
     std::future::pending::<()>().await;
 }
 

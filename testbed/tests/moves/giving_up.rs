@@ -79,8 +79,9 @@ fn while_the_target_loads() {
     for version in QemuVersion::ALL {
         let machine = small(version);
         let pair = Pair::boot(&machine);
-        let under_way = pair.begin(&["--live", "--bandwidth", "64"]);
-        under_way.wait_for_pages();
+        let under_way = pair.begin(&["--live", SLOW]);
+        // Room is made while the target's QEMU gets ready, which it must have done before it is held.
+        under_way.wait_for_percent(1);
         let target = Pid::from_raw(pair.target.pid().try_into().unwrap());
         kill(target, Signal::SIGSTOP).unwrap();
         pair.source
