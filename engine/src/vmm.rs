@@ -11,6 +11,8 @@
 //! | [`Fresh`] | every page worker, at once | the same, looked at |
 //! | [`Guest`] | one VM thread | run state, pause, resume, end |
 //! | [`DeviceState`] | the same VM thread | everything that is not RAM |
+//! | [`Faults`] | one fault thread | pages that a guest runs without (post-copy) |
+//! | [`Pager`] | every fault and page worker, at once | the same, served |
 //!
 //! An error from any of them before the hand-over ends the migration as kept: the guest goes on at
 //! the source as it was. So report errors early and never swallow one.
@@ -21,9 +23,10 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::core::layout::{Layout, PageRange, RegionIndex};
+use crate::core::layout::{Layout, PageNumber, PageRange, RegionIndex};
+use crate::core::pageset::PageSet;
 use crate::linux::window_view::WindowView;
 
 /// What went wrong inside a VMM, told by its adapter.
@@ -421,6 +424,60 @@ pub trait DeviceState: Send {
     /// before all RAM is in place. When it returns, the guest is complete and paused, and
     /// [`Guest::resume`] is all that is missing. An error of `from` ends the load with an error.
     fn load(&mut self, from: &mut dyn io::Read) -> Result<(), VmmError>;
+}
+
+/// An access to a page that is not there yet, which blocks whoever made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fault {
+    /// The region.
+    pub region: RegionIndex,
+    /// The page.
+    pub page: PageNumber,
+    /// The thread of the VMM that waits, by its number in the engine's own pid namespace: a vCPU, or
+    /// one that works for the guest. 0 where it is not known.
+    pub thread: u32,
+}
+
+/// Target: the pages that a guest runs without, since it was handed over before they came (post-copy).
+///
+/// `prepare`, then `arm`, then `disarm`. A value that is dropped when it was armed and not disarmed
+/// leaves everything as it is: whoever waits for a page waits on, and is never given another one.
+pub trait Faults: Send {
+    /// Gets ready, while nothing of the guest has been loaded. An error means that post-copy cannot be
+    /// had here, and says what to do about it; nothing was changed then, and precopy works.
+    fn prepare(&mut self) -> Result<(), VmmError>;
+
+    /// Makes `missing` hold nothing, whatever came of these pages before. From when it returns, an
+    /// access to one of them blocks whoever makes it until the page is placed, and is told as a
+    /// [`Fault`]; all others read as before, though an access to one that has no memory yet may block
+    /// and be told as well.
+    ///
+    /// Called once, after `prepare`, when nobody writes guest RAM any more and before the device state
+    /// is loaded. Bounded: a guest is waiting.
+    fn arm(&mut self, missing: &PageSet) -> Result<Arc<dyn Pager>, VmmError>;
+
+    /// Every page is there: nobody is blocked any more, and nothing is left behind. Idempotent, and
+    /// allowed without `arm`.
+    fn disarm(&mut self) -> Result<(), VmmError>;
+}
+
+/// Serves the faults of a guest whose pages are missing.
+///
+/// Called from many threads at once, with no help from the VMM: its control connection may itself be
+/// blocked by a fault.
+pub trait Pager: Send + Sync {
+    /// Waits for faults, at most for `limit`, and adds those that there are to `found`. The same
+    /// access may be told more than once.
+    fn faults(&self, limit: Duration, found: &mut Vec<Fault>) -> Result<(), VmmError>;
+
+    /// Places `from`, which is exactly as long as `range`, and wakes whoever waits for it. Atomic for
+    /// each page: nobody ever sees a part of one. The engine places every page once; a page that is
+    /// there all the same stays as it is.
+    fn place(&self, region: RegionIndex, range: PageRange, from: &[u8]) -> Result<(), VmmError>;
+
+    /// Makes the pages of `range` that have no memory read as zeros, leaves the others as they are, and
+    /// wakes whoever waits for any of them.
+    fn zero(&self, region: RegionIndex, range: PageRange) -> Result<(), VmmError>;
 }
 
 /// The parts of a VM, handed to a migration.
