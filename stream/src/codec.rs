@@ -12,12 +12,12 @@ use self::fields::Fields;
 use crate::error::Error;
 use crate::frame::Kind;
 use crate::limits::{
-    MAX_AHEAD_RUNS, MAX_LANES, MAX_NAME, MAX_REGIONS, MAX_STATE_BYTES, MAX_STATE_CHUNK, MAX_TEXT,
-    PAGE_NUMBER_END,
+    MAX_AHEAD_RUNS, MAX_LANES, MAX_MAPPED_PAGES, MAX_NAME, MAX_REGIONS, MAX_STATE_BYTES,
+    MAX_STATE_CHUNK, MAX_TEXT, PAGE_NUMBER_END,
 };
 use crate::message::{
-    AbortCode, DataRun, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, Run, Verdict,
-    Versions,
+    AbortCode, Absence, DataRun, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose, Run,
+    Verdict, Versions,
 };
 
 impl Message {
@@ -41,6 +41,7 @@ impl Message {
             Self::Fenced { .. } => Kind::Fenced,
             Self::Mismatch { .. } => Kind::Mismatch,
             Self::Ahead { .. } => Kind::Ahead,
+            Self::Absent(_) => Kind::Absent,
             Self::Ping => Kind::Ping,
             Self::Inquire => Kind::Inquire,
             Self::Answer(_) => Kind::Answer,
@@ -110,6 +111,7 @@ impl Message {
                 out.put_u64_le(*page);
             }
             Self::Ahead { region, runs } => put_ahead(out, *region, runs),
+            Self::Absent(absence) => put_absence(out, absence),
             Self::Returned { reason } => put_text(out, &clean(reason)),
             Self::Answer(verdict) => out.put_u8(match verdict {
                 Verdict::Taken => 1,
@@ -151,7 +153,8 @@ impl Message {
             Self::Complete {
                 round, state_bytes, ..
             } => {
-                bounded(kind, "the round", round.0, 1, u32::MAX)?;
+                // 0 where nothing was sent before the guest was handed over.
+                bounded(kind, "the round", round.0, 0, u32::MAX)?;
                 let length = *state_bytes;
                 bounded(kind, "the state's length", length, 0, MAX_STATE_BYTES)
             }
@@ -166,6 +169,7 @@ impl Message {
                 bounded(kind, "the page", *page, 0, PAGE_NUMBER_END - 1)
             }
             Self::Ahead { region, runs } => check_ahead(*region, runs),
+            Self::Absent(absence) => check_absence(kind, absence),
             Self::Prepared
             | Self::Paused
             | Self::Ready { .. }
@@ -185,7 +189,7 @@ fn check_hello(hello: &Hello) -> Result<(), Error> {
     let kind = Kind::Hello;
     let Versions { lowest, highest } = hello.versions;
     bounded(kind, "the lowest version", lowest, 1, highest)?;
-    if let Purpose::Lane(lane) = hello.purpose {
+    if let Purpose::Lane(lane) | Purpose::Fetch(lane) = hello.purpose {
         check_lane(kind, lane)?;
     }
     let has_offer = u64::from(hello.offer.is_some());
@@ -225,6 +229,36 @@ fn check_ahead(region: u16, runs: &[DataRun]) -> Result<(), Error> {
         free = first + count;
     }
     Ok(())
+}
+
+pub(crate) fn check_absence(kind: Kind, absence: &Absence) -> Result<(), Error> {
+    let Absence {
+        region,
+        first,
+        count,
+        map,
+    } = absence;
+    let regions = MAX_REGIONS as u64;
+    bounded(kind, "the region", u64::from(*region), 0, regions - 1)?;
+    bounded(kind, "the first page", *first, 0, PAGE_NUMBER_END - 1)?;
+    bounded(
+        kind,
+        "the number of pages",
+        *count,
+        1,
+        PAGE_NUMBER_END - first,
+    )?;
+    if map.is_empty() {
+        return Ok(());
+    }
+    bounded(kind, "the number of pages", *count, 1, MAX_MAPPED_PAGES)?;
+    let (bytes, due) = (map.len() as u64, count.div_ceil(8));
+    bounded(kind, "the length of the map", bytes, due, due)?;
+    let spare = match count % 8 {
+        0 => 0,
+        used => map.last().map_or(0, |last| last >> used),
+    };
+    bounded(kind, "the end of the map", spare, 0, 0)
 }
 
 fn check_offer(offer: &Offer) -> Result<(), Error> {
@@ -288,6 +322,18 @@ fn put_ahead(out: &mut BytesMut, region: u16, runs: &[DataRun]) {
     }
 }
 
+/// Reads the payload of a frame that tells which pages are missing.
+pub(crate) fn absence(kind: Kind, payload: Bytes) -> Result<Absence, Error> {
+    Fields::new(kind, payload).absence()
+}
+
+pub(crate) fn put_absence(out: &mut BytesMut, absence: &Absence) {
+    out.put_u16_le(absence.region);
+    out.put_u64_le(absence.first);
+    out.put_u64_le(absence.count);
+    out.put_slice(&absence.map);
+}
+
 fn put_hello(out: &mut BytesMut, hello: &Hello) {
     out.put_u16_le(hello.versions.lowest);
     out.put_u16_le(hello.versions.highest);
@@ -297,6 +343,7 @@ fn put_hello(out: &mut BytesMut, hello: &Hello) {
         Purpose::Migrate => (1, NO_LANE),
         Purpose::Lane(lane) => (2, lane),
         Purpose::Inquire => (3, NO_LANE),
+        Purpose::Fetch(lane) => (4, lane),
     };
     out.put_u8(purpose);
     put_lane(out, lane);

@@ -8,8 +8,8 @@ use crc32fast::Hasher;
 
 use crate::error::Error;
 use crate::limits::{
-    AHEAD_RUN_BYTES, HIGHEST_VERSION, MAX_AHEAD_RUNS, MAX_NAME, MAX_PAGE_DATA, MAX_RECORDS,
-    MAX_REGIONS, MAX_STATE_CHUNK, MAX_TEXT, READ_CHUNK,
+    AHEAD_RUN_BYTES, HIGHEST_VERSION, MAX_AHEAD_RUNS, MAX_MAPPED_PAGES, MAX_NAME, MAX_PAGE_DATA,
+    MAX_RECORDS, MAX_REGIONS, MAX_STATE_CHUNK, MAX_TEXT, READ_CHUNK,
 };
 use crate::message::LaneIndex;
 use crate::pages::{PREFIX_BYTES, RECORD_BYTES};
@@ -25,6 +25,9 @@ const VERSION: u16 = HIGHEST_VERSION;
 
 /// Bytes of the header that the checksum covers: all before the checksum itself.
 const HASHED_BYTES: usize = HEADER_BYTES - 4;
+
+/// Bytes before the map in a message that tells which pages are missing.
+pub(crate) const ABSENT_BYTES: usize = 18;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,15 +75,25 @@ pub enum Kind {
     Mismatch = 20,
     /// [`Message::Ahead`](crate::message::Message::Ahead)
     Ahead = 21,
+    /// [`Message::Absent`](crate::message::Message::Absent)
+    Absent = 22,
     /// Pages; see [`pages`](crate::pages).
     Pages = 64,
     /// The end of a round on a page lane.
     RoundEnd = 65,
+    /// Pages that the guest waits for, asked for on a fetch lane.
+    Fault = 66,
+    /// How many page frames of a fetch lane are in place.
+    Placed = 67,
+    /// Pages that a target still lacks, told on a fetch lane.
+    Lacking = 68,
+    /// Nothing is lacking any more, told on a fetch lane.
+    Whole = 69,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 28] = [
         Self::Hello,
         Self::Welcome,
         Self::Prepared,
@@ -102,8 +115,13 @@ impl Kind {
         Self::Fenced,
         Self::Mismatch,
         Self::Ahead,
+        Self::Absent,
         Self::Pages,
         Self::RoundEnd,
+        Self::Fault,
+        Self::Placed,
+        Self::Lacking,
+        Self::Whole,
     ];
 
     fn parse(found: u8) -> Result<Self, Error> {
@@ -130,7 +148,15 @@ impl Kind {
             Self::Fenced => 20,
             Self::Mismatch => 18,
             Self::Ahead => 4 + MAX_AHEAD_RUNS * AHEAD_RUN_BYTES,
-            Self::Prepared | Self::Paused | Self::Finished | Self::Ping | Self::Inquire => 0,
+            Self::Absent | Self::Lacking => ABSENT_BYTES + MAX_MAPPED_PAGES as usize / 8,
+            Self::Fault => 10,
+            Self::Placed => 8,
+            Self::Prepared
+            | Self::Paused
+            | Self::Finished
+            | Self::Ping
+            | Self::Inquire
+            | Self::Whole => 0,
             Self::Pages => PREFIX_BYTES + MAX_RECORDS * RECORD_BYTES + MAX_PAGE_DATA,
             Self::RoundEnd => PREFIX_BYTES,
         }
@@ -138,7 +164,10 @@ impl Kind {
 
     /// True for the kinds of page lanes, false for those of the control lane.
     pub fn is_for_page_lanes(self) -> bool {
-        matches!(self, Self::Pages | Self::RoundEnd)
+        matches!(
+            self,
+            Self::Pages | Self::RoundEnd | Self::Fault | Self::Placed | Self::Lacking | Self::Whole
+        )
     }
 }
 

@@ -5,7 +5,9 @@
 //! checksum of each frame, and is of no further use after its first error.
 
 mod control;
+mod fetch;
 mod page;
 
 pub use control::{ControlLane, ControlReader, ControlWriter};
+pub use fetch::{FETCH_ROUND, Request, RequestReader, RequestWriter};
 pub use page::{Incoming, PageBody, PageLaneReader, PageLaneWriter};

@@ -46,6 +46,9 @@ pub const MAX_AHEAD_RUNS: usize = 1024;
 /// Bytes of each of them.
 pub(crate) const AHEAD_RUN_BYTES: usize = 16;
 
+/// Most pages of which one message tells singly which are missing: 32 KiB of bits.
+pub const MAX_MAPPED_PAGES: u64 = 1 << 18;
+
 /// Most bytes of a delta: with a longer one its page had better travel as it is.
 pub const MAX_DELTA_BYTES: usize = PAGE_BYTES / 2;
 

@@ -37,6 +37,9 @@ pub trait Connection: AsyncRead + AsyncWrite + Send + Unpin + fmt::Debug {
 ///
 /// Vectored writes should reach the socket as such: a page frame is two slices and one write.
 pub trait Lane: Read + Write + Send + fmt::Debug {
+    /// The same connection once more, for another thread: one reads, the other writes.
+    fn duplicate(&self) -> io::Result<Box<dyn Lane>>;
+
     /// A handle that ends the connection from another thread.
     fn closer(&self) -> io::Result<Box<dyn Closer>>;
 

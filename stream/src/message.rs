@@ -144,6 +144,9 @@ impl Features {
     /// Being told where the source has data, ahead of its pages.
     pub const AHEAD: Self = Self(1 << 4);
 
+    /// Handing the guest over before all of its pages.
+    pub const POSTCOPY: Self = Self(1 << 5);
+
     /// What either has.
     #[must_use]
     pub const fn union(self, other: Self) -> Self {
@@ -177,6 +180,8 @@ pub enum Purpose {
     Lane(LaneId),
     /// To ask who owns the guest of the session named.
     Inquire,
+    /// A fetch lane of the session named: pages of a guest that was handed over before them.
+    Fetch(LaneId),
 }
 
 /// A RAM region of the source's guest.
@@ -269,6 +274,53 @@ pub struct DataRun {
     pub first: u64,
     /// How many.
     pub count: u64,
+}
+
+/// Which of a region's pages are missing at the target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Absence {
+    /// The region, by its position in the offer.
+    pub region: u16,
+    /// The first page that is told of, counted from the region's start.
+    pub first: u64,
+    /// How many are told of, at least one; with a map at most
+    /// [`MAX_MAPPED_PAGES`](crate::limits::MAX_MAPPED_PAGES).
+    pub count: u64,
+    /// A bit for each, the first page's the lowest of the first byte: set where it is missing. Empty
+    /// when all of them are. Bits beyond the last page are 0.
+    pub map: Bytes,
+}
+
+impl Absence {
+    /// The runs of pages that are missing, in order, each as long as it can be.
+    pub fn runs(&self) -> impl Iterator<Item = DataRun> + '_ {
+        let is_missing = move |page: u64| {
+            if self.map.is_empty() {
+                return true;
+            }
+            let byte = usize::try_from(page / 8)
+                .ok()
+                .and_then(|at| self.map.get(at));
+            byte.is_some_and(|byte| byte >> (page % 8) & 1 == 1)
+        };
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            if self.map.is_empty() {
+                let rest = self.count - std::mem::replace(&mut at, self.count);
+                return (rest > 0).then_some(DataRun {
+                    first: self.first,
+                    count: rest,
+                });
+            }
+            let start = (at..self.count).find(|page| is_missing(*page))?;
+            let end = (start..self.count).find(|page| !is_missing(*page));
+            at = end.unwrap_or(self.count);
+            Some(DataRun {
+                first: self.first + start,
+                count: at - start,
+            })
+        })
+    }
 }
 
 /// Why a side gave up. Travels as a number, so that peers of other versions can tell others apart.
@@ -406,6 +458,10 @@ pub enum Message {
         /// with a page at least, none reaching into the next.
         runs: Vec<DataRun>,
     },
+    /// S→T, with [`Features::POSTCOPY`], between the last round's end and [`Message::Complete`]. Pages
+    /// that the guest is handed over without: whatever came of them is void, and they come on fetch
+    /// lanes. Those that no such message tells of are in place.
+    Absent(Absence),
     /// Either way. I am here; no answer is due.
     Ping,
     /// S→T, after a [`Purpose::Inquire`]. Who owns the guest?
@@ -442,6 +498,7 @@ impl Message {
             Self::Fenced { .. } => "Fenced",
             Self::Mismatch { .. } => "Mismatch",
             Self::Ahead { .. } => "Ahead",
+            Self::Absent(_) => "Absent",
             Self::Ping => "Ping",
             Self::Inquire => "Inquire",
             Self::Answer(_) => "Answer",

@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::{Bytes, BytesMut};
 use ferry_stream::frame::{Decoder, Generation, HEADER_BYTES, Kind};
-use ferry_stream::lane::{ControlWriter, Incoming, PageLaneReader, PageLaneWriter};
+use ferry_stream::lane::{
+    ControlWriter, Incoming, PageLaneReader, PageLaneWriter, Request, RequestReader, RequestWriter,
+};
 use ferry_stream::limits::PAGE_BYTES;
 use ferry_stream::message::{
-    AbortCode, DataRun, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose,
+    AbortCode, Absence, DataRun, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose,
     RegionInfo, Round, Run, SessionId, Verdict, Versions, Welcome,
 };
 use ferry_stream::pages::delta::{self, Applied};
@@ -81,6 +83,7 @@ fn hand_over() -> Vec<(&'static str, Message)> {
         ("hello-migrate", hello(Purpose::Migrate, Some(offer()))),
         ("hello-lane", hello(Purpose::Lane(SECOND), None)),
         ("hello-inquire", hello(Purpose::Inquire, None)),
+        ("hello-fetch", hello(Purpose::Fetch(SECOND), None)),
         (
             "welcome",
             Message::Welcome(Welcome {
@@ -176,7 +179,76 @@ fn lanes_and_pages() -> Vec<(&'static str, Message)> {
                 ],
             },
         ),
+        (
+            "absent",
+            Message::Absent(Absence {
+                region: 1,
+                first: 0x100,
+                count: 0x8_0000,
+                map: Bytes::new(),
+            }),
+        ),
+        ("absent-map", Message::Absent(mapped())),
     ]
+}
+
+/// Six pages of twelve.
+fn mapped() -> Absence {
+    Absence {
+        region: 0,
+        first: 0x40,
+        count: 12,
+        map: Bytes::from_static(&[0x81, 0x0f]),
+    }
+}
+
+/// What a target says on a fetch lane.
+fn requests() -> Vec<(&'static str, Request)> {
+    let (region, page) = (1, 0x1234);
+    vec![
+        ("fault", Request::Fault { region, page }),
+        ("placed", Request::Placed { frames: 0x56 }),
+        ("lacking", Request::Lacking(mapped())),
+        ("whole", Request::Whole),
+    ]
+}
+
+#[test]
+fn requests_have_the_documented_bytes() {
+    let golden = golden();
+    let shown: Vec<u8> = requests()
+        .iter()
+        .flat_map(|(name, _)| golden[name].clone())
+        .collect();
+    let all: Vec<_> = requests().into_iter().map(|(_, request)| request).collect();
+    let mut wire = Vec::new();
+    RequestWriter::new(SECOND).send(&mut wire, &all).unwrap();
+    assert_eq!(wire, shown);
+    let (mut from, mut reader) = (&shown[..], RequestReader::new(SECOND));
+    for request in all {
+        assert_eq!(reader.next(&mut from).unwrap(), Some(request));
+    }
+    assert_eq!(reader.next(&mut from).unwrap(), None);
+}
+
+#[test]
+fn a_map_tells_the_runs_that_are_missing() {
+    let runs = |absence: &Absence| -> Vec<_> {
+        let runs = absence.runs();
+        runs.map(|DataRun { first, count }| (first, count))
+            .collect()
+    };
+    assert_eq!(runs(&mapped()), [(0x40, 1), (0x47, 5)]);
+    let all = Absence {
+        map: Bytes::new(),
+        ..mapped()
+    };
+    assert_eq!(runs(&all), [(0x40, 12)]);
+    let none = Absence {
+        map: Bytes::from_static(&[0, 0]),
+        ..mapped()
+    };
+    assert_eq!(runs(&none), []);
 }
 
 /// The rest.
@@ -371,6 +443,7 @@ fn every_kind_and_nothing_else_is_documented() {
     let mut tested: BTreeSet<_> = messages().into_iter().map(|(name, _)| name).collect();
     tested.extend(["pages", "round-end"]);
     tested.extend(variants().into_iter().map(|(name, _)| name));
+    tested.extend(requests().into_iter().map(|(name, _)| name));
     let documented: BTreeSet<_> = golden.keys().copied().collect();
     assert_eq!(documented, tested);
     let shown: BTreeSet<u8> = golden.values().map(|frame| frame[6]).collect();
@@ -431,6 +504,14 @@ fn the_largest_payloads_fit_their_limits_exactly() {
                     .map(|first| DataRun { first, count: 1 })
                     .collect(),
             },
+        ),
+        (
+            "",
+            Message::Absent(Absence {
+                count: ferry_stream::limits::MAX_MAPPED_PAGES,
+                map: vec![1; ferry_stream::limits::MAX_MAPPED_PAGES as usize / 8].into(),
+                ..mapped()
+            }),
         ),
         (
             "",

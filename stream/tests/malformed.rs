@@ -242,7 +242,7 @@ fn hellos() {
         decode(Kind::Hello, &changed)
     };
     assert_error!(change(0, 9) => BadField { field: "the lowest version", found: 9, .. });
-    assert_error!(change(28, 4) => BadField { field: "the purpose", found: 4, .. });
+    assert_error!(change(28, 5) => BadField { field: "the purpose", found: 5, .. });
     assert_error!(change(29, 1) => BadField { field: "the lane", found: 1, .. });
     assert_error!(change(31, 1) => BadField { field: "the lane", found: 0, .. });
     assert_error!(change(33, 3) => BadField { field: "the mode", found: 3, .. });

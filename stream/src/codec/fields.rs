@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::frame::{Generation, Kind};
 use crate::limits::{MAX_AHEAD_RUNS, MAX_NAME, MAX_REGIONS, MAX_TEXT};
 use crate::message::{
-    AbortCode, DataRun, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose,
+    AbortCode, Absence, DataRun, Features, Hello, LaneId, LaneIndex, Message, Mode, Offer, Purpose,
     RegionInfo, Round, Run, SessionId, Verdict, Versions, Welcome,
 };
 
@@ -98,7 +98,13 @@ impl Fields {
                 region: self.u16()?,
                 runs: self.data_runs()?,
             },
-            Kind::Pages | Kind::RoundEnd => {
+            Kind::Absent => Message::Absent(self.absence()?),
+            Kind::Pages
+            | Kind::RoundEnd
+            | Kind::Fault
+            | Kind::Placed
+            | Kind::Lacking
+            | Kind::Whole => {
                 return Err(Error::MisplacedKind {
                     kind: self.kind,
                     lane: LaneIndex::CONTROL,
@@ -123,12 +129,13 @@ impl Fields {
             (1, NO_LANE) => Purpose::Migrate,
             (2, lane) => Purpose::Lane(lane),
             (3, NO_LANE) => Purpose::Inquire,
+            (4, lane) => Purpose::Fetch(lane),
             (1 | 3, lane) => return Err(self.bad("the lane", lane.index.0)),
             (found, _) => return Err(self.bad("the purpose", found)),
         };
         let offer = match purpose {
             Purpose::Migrate => Some(self.offer()?),
-            Purpose::Lane(_) | Purpose::Inquire => None,
+            Purpose::Lane(_) | Purpose::Inquire | Purpose::Fetch(_) => None,
         };
         Ok(Hello {
             versions,
@@ -178,6 +185,15 @@ impl Fields {
             name: self.text("a region's name", MAX_NAME)?,
             bytes: self.u64()?,
             backing_page_bytes: self.u32()?,
+        })
+    }
+
+    pub(super) fn absence(&mut self) -> Result<Absence, Error> {
+        Ok(Absence {
+            region: self.u16()?,
+            first: self.u64()?,
+            count: self.u64()?,
+            map: self.rest.split_off(0),
         })
     }
 

@@ -406,7 +406,7 @@ fn read_lead(from: &mut (impl Read + ?Sized), lead: &mut [u8; LEAD_BYTES]) -> Re
     }
 }
 
-fn read_all(from: &mut (impl Read + ?Sized), into: &mut [u8]) -> Result<(), Error> {
+pub(super) fn read_all(from: &mut (impl Read + ?Sized), into: &mut [u8]) -> Result<(), Error> {
     let missing = into.len() - read_some(from, into)?;
     if missing > 0 {
         return Err(Error::Truncated { missing });
@@ -415,7 +415,7 @@ fn read_all(from: &mut (impl Read + ?Sized), into: &mut [u8]) -> Result<(), Erro
 }
 
 /// Reads until `into` is full or the stream ends; returns how much came.
-fn read_some(from: &mut (impl Read + ?Sized), into: &mut [u8]) -> Result<usize, Error> {
+pub(super) fn read_some(from: &mut (impl Read + ?Sized), into: &mut [u8]) -> Result<usize, Error> {
     let mut came = 0;
     while came < into.len() {
         match from.read(&mut into[came..]) {

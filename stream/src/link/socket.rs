@@ -60,6 +60,10 @@ impl<S: Socket> Write for SocketLane<S> {
 }
 
 impl<S: Socket> Lane for SocketLane<S> {
+    fn duplicate(&self) -> io::Result<Box<dyn Lane>> {
+        Ok(Box::new(Self(self.0.duplicate()?)))
+    }
+
     fn closer(&self) -> io::Result<Box<dyn Closer>> {
         Ok(Box::new(SocketCloser(self.0.duplicate()?)))
     }
