@@ -10,5 +10,6 @@ pub mod message;
 pub mod meter;
 pub mod outcome;
 pub mod pageset;
+pub mod postcopy;
 pub mod source;
 pub mod target;

@@ -38,7 +38,7 @@ impl Driver {
             Purpose::Inquire if known => {
                 self.turn_away(arrival, AbortCode::Busy, "too many ask at once");
             }
-            Purpose::Lane(_) | Purpose::Inquire => {
+            Purpose::Lane(_) | Purpose::Inquire | Purpose::Fetch(_) => {
                 self.turn_away(
                     arrival,
                     AbortCode::Session,

@@ -1,0 +1,23 @@
+//! Post-copy: the guest runs at the target, and its pages come after it.
+//!
+//! ```text
+//!  source: Owed                                      target: Lacking
+//!  owed ──take──► on its way ──Placed──► in place    missing ──claim──► being placed ──► there
+//!    ▲                │                                 ▲                   │
+//!    └── lane died ───┘                                 └── failed ─────────┘
+//! ```
+//!
+//! Two rules make it safe, whatever is lost on the way. The source goes on owing a page until the
+//! target says that it is in place; and the target places a page once: it is claimed before it is
+//! placed, so that a late duplicate never overwrites what the guest has written since.
+
+pub mod absence;
+pub mod lacking;
+pub mod latency;
+pub mod owed;
+#[cfg(test)]
+mod tests;
+
+pub use self::lacking::{Answer, Lacking};
+pub use self::latency::{FaultFigures, Latencies};
+pub use self::owed::{Owed, PageRun};
