@@ -69,6 +69,12 @@ pub struct Change {
     pub allowed: f64,
 }
 
+/// What the median of a ratio may be at most. Where progress was gained and not lost it is negative, and
+/// may be greater all the same.
+fn allowed(then: Spread, tolerance: f64) -> f64 {
+    then.median + then.median.abs() * tolerance
+}
+
 impl Change {
     /// Whether it has got worse beyond the noise, or is no longer measured.
     pub fn is_regression(&self) -> bool {
@@ -137,7 +143,7 @@ impl Baseline {
                     what: format!("{name}: {}", measure.name),
                     then,
                     now: case.map_or(Now::NotMeasured, |case| now(case, measure)),
-                    allowed: then.median * (1.0 + tolerance),
+                    allowed: allowed(then, tolerance),
                 });
             }
         }
@@ -248,6 +254,19 @@ mod tests {
         assert!(!change(then, 1.25, 1.15).is_regression());
         assert!(change(then, 1.31, 1.15).is_regression());
         assert!(!change([0.99, 1.0, 1.01], 1.1, 1.15).is_regression());
+    }
+
+    #[test]
+    fn a_gain_may_be_somewhat_less() {
+        let then = Spread {
+            median: -0.4,
+            min: -0.4,
+            max: -0.4,
+        };
+        let allowed = allowed(then, 0.25);
+        assert!((allowed - -0.3).abs() < 1e-9, "{allowed}");
+        assert!(!change([-0.4; 3], -0.39, allowed).is_regression());
+        assert!(change([-0.4; 3], -0.2, allowed).is_regression());
     }
 
     #[test]
