@@ -23,7 +23,7 @@ pub(crate) async fn open_lane(
     id: LaneId,
 ) -> Result<Box<dyn Lane>, ferry_stream::Error> {
     if let Some(lender) = lender {
-        let passed = async { greet_lane(lender.lane().await, session, id).await };
+        let passed = async { greet_lane(lender.lane().await, session, Purpose::Lane(id)).await };
         // Whoever hangs there leaves time for the other way.
         let greeted = timeout(near::LIMIT, passed).await;
         match greeted.unwrap_or_else(|elapsed| Err(io::Error::from(elapsed).into())) {
@@ -31,16 +31,25 @@ pub(crate) async fn open_lane(
             Err(error) => tracing::debug!(error = in_full(&error), %id, "no lane within the host"),
         }
     }
-    greet_lane(connector.connect().await, session, id).await
+    greet_lane(connector.connect().await, session, Purpose::Lane(id)).await
+}
+
+/// Opens a fetch lane and greets on it.
+pub(crate) async fn open_fetch_lane(
+    connector: &dyn Connector,
+    session: SessionId,
+    id: LaneId,
+) -> Result<Box<dyn Lane>, ferry_stream::Error> {
+    greet_lane(connector.connect().await, session, Purpose::Fetch(id)).await
 }
 
 async fn greet_lane(
     connection: io::Result<BoxedConnection>,
     session: SessionId,
-    id: LaneId,
+    purpose: Purpose,
 ) -> Result<Box<dyn Lane>, ferry_stream::Error> {
     let mut lane = ControlLane::new(connection?);
-    greet(&mut lane, session, Purpose::Lane(id)).await?;
+    greet(&mut lane, session, purpose).await?;
     Ok(lane.into_inner()?.into_lane()?)
 }
 

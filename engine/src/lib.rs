@@ -52,6 +52,7 @@ mod lanes;
 pub mod linux;
 mod near;
 mod pacer;
+mod postcopy;
 #[cfg(feature = "qemu")]
 pub mod qemu;
 mod receive;

@@ -1,6 +1,7 @@
 //! The target's driver: takes connections, feeds the core, carries out its orders.
 
 mod arrivals;
+mod fetch;
 
 use std::collections::HashMap;
 use std::io;
@@ -27,8 +28,9 @@ use crate::job::Finished;
 use crate::journal::Journal;
 use crate::lanes::ahead::Ahead;
 use crate::lanes::receive::{Place, Receivers, ReceivingLane, Tally};
+use crate::postcopy::fetcher::Fetcher;
 use crate::send::{PARTING, VmSide, order_journal};
-use crate::vmm::{Ram, RamWindow, VmmError};
+use crate::vmm::{Faults, Ram, RamWindow, VmmError};
 use crate::worker::{Clock, Facts, Worker};
 
 /// What the driver is made of.
@@ -36,6 +38,7 @@ pub(crate) struct Parts {
     pub(crate) machine: Target,
     pub(crate) vm: VmSide,
     pub(crate) ram: Arc<dyn Ram>,
+    pub(crate) faults: Option<Box<dyn Faults>>,
     pub(crate) acceptor: Box<dyn Acceptor>,
     pub(crate) journal: Journal,
     pub(crate) silence: Silence,
@@ -77,6 +80,9 @@ pub(crate) struct Driver {
     talks: JoinSet<()>,
     inquiries: u64,
     vm: Worker<VmSide>,
+    /// None where the VMM cannot wait for pages.
+    faults: Option<Worker<Box<dyn Faults>>>,
+    fetcher: Fetcher,
     journal: Worker<Journal>,
 }
 
@@ -98,6 +104,14 @@ impl Driver {
         let accepting = accept(parts.acceptor, passing, greeted, parts.notices.clone());
         let (asking, asked) = mpsc::unbounded_channel();
         let ahead = Ahead::new(&parts.ram, &facts);
+        let faults = parts.faults;
+        let faults = faults.map(|faults| Worker::start("ferry-faults", faults, facts.clone()));
+        let fetcher = Fetcher::new(
+            parts.ram.layout().clone(),
+            parts.clock,
+            facts.clone(),
+            parts.notices.clone(),
+        );
         Ok(Self {
             machine: parts.machine,
             clock: parts.clock,
@@ -125,6 +139,8 @@ impl Driver {
             asking,
             asked,
             talks: JoinSet::new(),
+            faults: faults.transpose()?,
+            fetcher,
             vm: Worker::start("ferry-vm", vm, facts.clone())?,
             journal: Worker::start("ferry-journal", parts.journal, facts.clone())?,
             facts,
@@ -198,6 +214,8 @@ impl Driver {
                     vm.state.load(&mut reader).map(|()| Input::Loaded)
                 });
             }
+            Action::Arm { missing } => self.arm(missing),
+            Action::Disarm => self.disarm(),
             Action::ReleaseLoad { bytes, crc } => self.release(bytes, crc),
             Action::Resume => self.vm.order(Step::Resume, |vm| {
                 Ok::<_, VmmError>(
@@ -213,6 +231,9 @@ impl Driver {
             }
             Action::Quit => {
                 self.ahead.close();
+                // Whoever waits for a page there waits until the VMM has ended.
+                let fetcher = self.fetcher.clone();
+                self.ending.spawn_blocking(move || fetcher.end());
                 // A load that waits for state would keep the VM thread for ever.
                 self.state.close("the migration was given up");
                 self.vm
@@ -292,8 +313,11 @@ impl Driver {
         let keeps_journal = matches!(outcome, Outcome::InDoubt { .. });
         let (mut receivers, vm, journal) = (self.receivers, self.vm, self.journal);
         let (ahead, lent) = (self.ahead, self.lent);
+        let (faults, fetcher) = (self.faults, self.fetcher.clone());
         let ended = tokio::task::spawn_blocking(move || {
             receivers.join();
+            fetcher.end();
+            drop(faults.map(Worker::finish));
             ahead.join();
             drop(lent);
             drop(vm.finish());
@@ -307,6 +331,7 @@ impl Driver {
         }
         let report = Report {
             total: self.clock.now().0,
+            fetched: self.fetcher.figures(),
             ..Report::default()
         };
         Finished { outcome, report }

@@ -3,6 +3,7 @@
 //! Whatever blocks runs on a thread of its own (see [`crate::worker`]): the VM's calls, the tracker,
 //! the flusher, the journal, each page lane. So this loop never waits for anything but facts.
 
+mod fetch;
 mod lanes;
 mod scan;
 mod vm;
@@ -36,6 +37,7 @@ use crate::lanes::feed::Feed;
 use crate::lanes::send::{Counters, Outfit, RoundOrder, Senders, chunk_pages};
 use crate::near::lender::Lender;
 use crate::pacer::Pacer;
+use crate::postcopy::server::Server;
 use crate::vmm::{DeviceState, Guest, Ram, Tracker, VmmError};
 use crate::worker::{Clock, Facts, Worker};
 
@@ -102,6 +104,9 @@ pub(crate) struct Driver {
     senders: Arc<Mutex<Senders>>,
     /// What the latest scan hands on.
     scanned: Arc<Feed>,
+    /// The pages of the open round, or of the last.
+    feed: Arc<Feed>,
+    server: Server,
     outfit: Outfit,
     sink: SinkWatch,
     ticks: Interval,
@@ -148,6 +153,7 @@ impl Driver {
         } = parts;
         let lane = ControlLane::new(connection);
         let control = Control::start(lane.reader, lane.writer, None, parts.silence, &facts);
+        let server = Server::new(Arc::clone(&ram), Arc::clone(&parts.pacer), facts.clone());
         let outfit = Outfit {
             ram: Arc::clone(&ram),
             pacer: parts.pacer,
@@ -176,6 +182,8 @@ impl Driver {
             control,
             senders: Arc::default(),
             scanned: Arc::new(Feed::open(1)),
+            feed: Arc::new(Feed::open(1)),
+            server,
             outfit,
             sink: SinkWatch::default(),
             ticks: ticks(),
@@ -201,10 +209,11 @@ impl Driver {
     }
 
     fn look(&self) -> Progress {
-        Progress {
+        let progress = Progress {
             encoding: self.outfit.encoder.totals(),
             ..self.machine.progress(self.clock.now())
-        }
+        };
+        self.with_served(progress)
     }
 
     async fn wait(&mut self) -> Event {
@@ -257,6 +266,9 @@ impl Driver {
             .take_if(|lender| !(is_near && lender.has_lent()));
         let shares = self.lender.is_some();
         self.outfit.shares.store(shares, Ordering::Release);
+        if features.contains(Features::POSTCOPY) {
+            self.open_fetch_lanes();
+        }
     }
 
     fn carry_out(&mut self, action: Action) {
@@ -271,6 +283,11 @@ impl Driver {
             Action::OpenState => self.open_state(),
             Action::Collect { into } => self.collect(into),
             Action::Scan { rearm, with } => self.scan(rearm, with),
+            Action::CollectLast { into } => self.collect_last(into),
+            Action::Survey { into } => self.survey(into),
+            Action::CutShort => self.feed.cut_short(),
+            Action::TakeLeft { into } => self.take_left(into),
+            Action::Serve { missing, first } => self.server.serve(missing, &first),
             Action::Copy {
                 round,
                 pages,
@@ -314,7 +331,8 @@ impl Driver {
 
     /// Before a round nobody is at work on one: the lanes have ended the last, and the dead ones have
     /// been waited for.
-    fn copy(&self, order: RoundOrder) {
+    fn copy(&mut self, order: RoundOrder) {
+        self.feed = Arc::clone(&order.feed);
         if order.deltas != Deltas::On {
             self.outfit.bases.forget();
         }
@@ -354,6 +372,8 @@ impl Driver {
             shared_pages: self.outfit.counters.shared_pages(),
             ..self.machine.report(self.clock.now())
         };
+        let report = self.with_what_followed(report);
+        self.server.close();
         self.opening.shutdown().await;
         self.sink.close();
         self.control.finish(PARTING).await;

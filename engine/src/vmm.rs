@@ -490,4 +490,6 @@ pub struct Vm {
     pub guest: Box<dyn Guest>,
     /// Its device state.
     pub state: Box<dyn DeviceState>,
+    /// How it waits for pages, used at the target; `None` where it cannot.
+    pub faults: Option<Box<dyn Faults>>,
 }

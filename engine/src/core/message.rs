@@ -192,6 +192,8 @@ pub enum Command {
     SetDowntimeLimit(Duration),
     /// Pause the guest now and finish without it running.
     Suspend,
+    /// Hand the guest over now, before its pages.
+    Postcopy,
 }
 
 /// A fact for a machine.
@@ -254,6 +256,17 @@ pub enum Input {
     },
     /// Source: a scan has ended, and what it found was handed on.
     Scanned(HandedOn),
+    /// Source: pages of a round that was cut short, which no lane has taken.
+    Left {
+        /// The set that came with the order, filled.
+        left: PageSet,
+    },
+    /// Source: the target has every page. Target: every page is in place.
+    Whole,
+    /// Target: what is missing holds nothing, and whoever wants it waits.
+    Armed,
+    /// Target: nobody waits for pages any more, and nothing is left of it.
+    Disarmed,
     /// Source: disk images are flushed.
     Flushed,
     /// Source: the guest is paused and its I/O has landed.
@@ -416,6 +429,33 @@ pub enum Action {
         /// Whether the bandwidth limit holds.
         pace: Pace,
     },
+    /// Source: let no lane take more of the open round, which ends with what was taken.
+    CutShort,
+    /// Source: take back what no lane has taken of the last round. Answered by [`Input::Left`].
+    TakeLeft {
+        /// An empty set to fill.
+        into: PageSet,
+    },
+    /// Source: collect what was written, with the guest standing for good. Answered by
+    /// [`Input::Collected`].
+    CollectLast {
+        /// An empty set to fill.
+        into: PageSet,
+    },
+    /// Source: find what may hold anything but zeros, with the guest standing for good. Answered by
+    /// [`Input::Collected`].
+    Survey {
+        /// An empty set to fill.
+        into: PageSet,
+    },
+    /// Source: serve these pages on the fetch lanes, for as long as it takes. [`Input::Whole`] follows
+    /// when the target has them all.
+    Serve {
+        /// All of them.
+        missing: PageSet,
+        /// Those that go before the others.
+        first: PageSet,
+    },
     /// Source: flush disk images. Answered by [`Input::Flushed`].
     Flush,
     /// Source: pause the guest. Answered by [`Input::Paused`].
@@ -454,6 +494,14 @@ pub enum Action {
     EndAllocating,
     /// Target: get ready to load. Answered by [`Input::Prepared`].
     Prepare,
+    /// Target: no precopy lane writes any more: discard these pages, have whoever wants one wait for it,
+    /// and fetch them. Answered by [`Input::Armed`]; [`Input::Whole`] follows when all have come.
+    Arm {
+        /// What the guest does without.
+        missing: PageSet,
+    },
+    /// Target: every page is there: nobody is to wait any more. Answered by [`Input::Disarmed`].
+    Disarm,
     /// Target: begin to load what comes early, and hold the rest back. Answered by
     /// [`Input::Loaded`], after [`Action::ReleaseLoad`].
     BeginLoad,

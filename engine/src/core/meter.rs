@@ -10,6 +10,7 @@ use crate::core::converge::Spread;
 use crate::core::encoding::EncodingTotals;
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{HandedOn, LaneTotals, Moment, Phase};
+use crate::core::postcopy::{FetchFigures, Way};
 
 /// Rounds shorter than this in bytes measure latency and not the link; they do not count as a rate.
 const RATE_SAMPLE_BYTES: u64 = 1 << 20;
@@ -75,6 +76,24 @@ pub struct Report {
     pub lanes: u16,
     /// Page lanes that died, or could not be opened.
     pub lanes_lost: u32,
+    /// What came after the guest. `None` when it was not handed over before its pages.
+    pub postcopy: Option<PostcopyReport>,
+    /// Target: how faults were served. `None` when there was nothing to wait for.
+    pub fetched: Option<FetchFigures>,
+}
+
+/// What came after a guest that was handed over before its pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PostcopyReport {
+    /// Pages that it was handed over without.
+    pub missing_pages: u64,
+    /// From the target's word that it runs to its word that every page is there; zero when all had come
+    /// before. `None` when that was never said.
+    pub last_page: Option<Duration>,
+    /// Bytes on the fetch lanes.
+    pub bytes_wire: u64,
+    /// Pages that the target asked for because somebody waited for them.
+    pub asked_pages: u64,
 }
 
 impl Report {
@@ -135,6 +154,8 @@ pub struct Progress {
     pub encoding: EncodingTotals,
     /// The guest was given away: it is too late to give up.
     pub given_away: bool,
+    /// Whether it is, or can be, handed over before its pages.
+    pub postcopy: Way,
 }
 
 /// The first round is nearly everything; what comes after it is the last percent.
@@ -145,6 +166,8 @@ impl Progress {
     /// number of rounds nobody knows.
     pub fn percent_of_move(&self) -> u8 {
         match self.round {
+            // What was copied before says little of what is left.
+            _ if self.phase == Phase::Serving => self.percent().min(FIRST_ROUND_PERCENT + 1),
             0 => 0,
             1 => {
                 let percent = u16::from(self.percent()) * u16::from(FIRST_ROUND_PERCENT) / 100;
@@ -184,6 +207,9 @@ pub(crate) struct Meter {
     runs: Option<Moment>,
     state_bytes: u64,
     held_pages: u64,
+    /// Pages that the guest was handed over without.
+    missing: Option<u64>,
+    whole: Option<Moment>,
 }
 
 #[derive(Debug)]
@@ -309,6 +335,34 @@ impl Meter {
         }
     }
 
+    /// The guest is handed over without so many pages.
+    pub(crate) fn handed_over_without(&mut self, pages: u64) {
+        self.missing = Some(pages);
+        if pages == 0 {
+            self.whole = Some(Moment::default());
+        }
+    }
+
+    pub(crate) fn missing_pages(&self) -> u64 {
+        self.missing.unwrap_or(0)
+    }
+
+    /// The target has every page.
+    pub(crate) fn whole(&mut self, now: Moment) {
+        self.whole = Some(now);
+    }
+
+    fn postcopy(&self) -> Option<PostcopyReport> {
+        Some(PostcopyReport {
+            missing_pages: self.missing?,
+            last_page: self
+                .whole
+                .zip(self.runs)
+                .map(|(whole, runs)| whole.since(runs)),
+            ..PostcopyReport::default()
+        })
+    }
+
     pub(crate) fn state(&mut self, bytes: u64) {
         self.state_bytes = bytes;
     }
@@ -389,6 +443,8 @@ impl Meter {
             encoding: EncodingTotals::default(),
             lanes: 0,
             lanes_lost: 0,
+            postcopy: self.postcopy(),
+            fetched: None,
         }
     }
 }

@@ -49,6 +49,10 @@ pub enum Step {
     Retire,
     /// Ending dirty tracking.
     StopTracking,
+    /// Having a guest wait for the pages that it lacks.
+    Arm,
+    /// Ending that.
+    Disarm,
 }
 
 impl fmt::Display for Step {
@@ -70,6 +74,8 @@ impl fmt::Display for Step {
             Self::Undo => "putting the source back",
             Self::Retire => "ending the VMM",
             Self::StopTracking => "ending dirty tracking",
+            Self::Arm => "arming page faults",
+            Self::Disarm => "disarming page faults",
         })
     }
 }
@@ -133,6 +139,10 @@ pub enum Notice {
         /// The page.
         page: PageNumber,
     },
+    /// Post-copy was allowed, or ordered, and cannot be had: the move goes on without it.
+    NoPostcopy,
+    /// Precopy cannot meet the downtime limit: the guest is handed over before its pages.
+    HandsOverBefore,
     /// Something that does not change the outcome went wrong.
     Leftover(String),
 }
@@ -192,6 +202,8 @@ pub enum Phase {
     Given,
     /// Asking the target whose the guest is.
     Asking,
+    /// Sending a guest that was handed over its pages.
+    Serving,
     /// Cleaning up after the move.
     Leaving,
     /// Putting everything back.
@@ -227,6 +239,7 @@ impl Phase {
             Self::Giving => "giving",
             Self::Given => "given",
             Self::Asking => "asking",
+            Self::Serving => "serving",
             Self::Leaving => "leaving",
             Self::Undoing => "undoing",
             Self::Waiting => "waiting",
@@ -253,6 +266,7 @@ impl fmt::Display for Phase {
             Self::Giving => "handing over",
             Self::Given => "waiting for the target to run",
             Self::Asking => "asking the target who owns the guest",
+            Self::Serving => "sending pages after the guest",
             Self::Leaving => "cleaning up",
             Self::Undoing => "putting everything back",
             Self::Waiting => "waiting for a source",

@@ -21,7 +21,7 @@ use crate::pacer::{Bandwidth, Pacer};
 pub struct Finished {
     /// Where the guest is.
     pub outcome: Outcome,
-    /// The figures; at the target only the total.
+    /// The figures; at the target only the total, and how faults were served.
     pub report: Report,
 }
 
@@ -52,6 +52,11 @@ impl Steering {
         _ = self.commands.send(Command::Suspend);
     }
 
+    /// Hands the guest over now, before its pages, where post-copy was allowed and can be had.
+    pub fn start_postcopy(&self) {
+        _ = self.commands.send(Command::Postcopy);
+    }
+
     /// Changes the bandwidth limit.
     pub fn set_bandwidth(&self, bandwidth: Bandwidth) {
         self.pacer.set(bandwidth);
@@ -76,6 +81,11 @@ impl Job {
     /// The handle that steers it.
     pub fn steering(&self) -> Steering {
         self.steering.clone()
+    }
+
+    /// Hands the guest over now: see [`Steering::start_postcopy`].
+    pub fn start_postcopy(&self) {
+        self.steering.start_postcopy();
     }
 
     /// How far it is: a channel that always holds the latest look.

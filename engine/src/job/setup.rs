@@ -17,7 +17,7 @@ use crate::control::Silence;
 use crate::core::converge::{Converge, DowntimeLimit};
 use crate::core::encoding::Compression;
 use crate::core::message::{Input, Notice, Record};
-use crate::core::source::{LanePlan, Source, SourceConfig, SourceLimits};
+use crate::core::source::{AtTimeout, LanePlan, Postcopy, Source, SourceConfig, SourceLimits};
 use crate::core::target::{Target, TargetConfig, TargetLimits};
 use crate::journal::{Entry, Journal, JournalError};
 use crate::near::WithinHost;
@@ -124,6 +124,8 @@ impl Migration {
             run_at_target: None,
             downtime_limit: DEFAULT_DOWNTIME_LIMIT,
             timeout: None,
+            postcopy: Postcopy::Never,
+            at_timeout: AtTimeout::Suspend,
             features: offered(Compression::default()),
             lanes: LanePlan::Fixed(NonZeroU16::MIN),
             switchover_floor: DEFAULT_SWITCHOVER_FLOOR,
@@ -189,10 +191,24 @@ impl SourceBuilder {
         self
     }
 
-    /// After this time the guest is paused and the move finishes, whatever the blackout.
+    /// After this time the move does what [`SourceBuilder::with_at_timeout`] says.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.config.timeout = Some(timeout);
+        self
+    }
+
+    /// What becomes of it then; default [`AtTimeout::Suspend`].
+    #[must_use]
+    pub fn with_at_timeout(mut self, what: AtTimeout) -> Self {
+        self.config.at_timeout = what;
+        self
+    }
+
+    /// Whether the guest may be handed over before its pages; default [`Postcopy::Never`].
+    #[must_use]
+    pub fn with_postcopy(mut self, postcopy: Postcopy) -> Self {
+        self.config.postcopy = postcopy;
         self
     }
 
@@ -384,6 +400,7 @@ impl TargetBuilder {
                 state: vm.state,
             },
             ram: vm.ram,
+            faults: vm.faults,
             acceptor,
             journal,
             silence,

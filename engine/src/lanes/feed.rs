@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::send::{CHUNK_PAGES, CHUNK_RUNS, Run};
 use crate::core::message::HandedOn;
-use crate::core::pageset::{Cursor, PageSet, Piece};
+use crate::core::pageset::{Cursor, OutsideRam, PageSet, Piece};
 
 /// The pages of one round.
 pub(crate) struct Feed {
@@ -31,6 +31,8 @@ struct State {
     next: Place,
     /// No segment follows.
     closed: bool,
+    /// Nothing is taken any more.
+    cut_short: bool,
     hunger: Hunger,
 }
 
@@ -135,6 +137,24 @@ impl Feed {
         handed_on
     }
 
+    /// Lets no lane take any more: the round ends with what was taken, once the scan has ended.
+    pub(crate) fn cut_short(&self) {
+        self.lock().cut_short = true;
+        self.changed.notify_all();
+    }
+
+    /// Adds what nobody has taken, and never will: the feed was cut short, and its round is over.
+    pub(crate) fn take_left(&self, into: &mut PageSet) -> Result<(), OutsideRam> {
+        let mut state = self.lock();
+        let mut runs = Vec::new();
+        while state.next_chunk(self.chunk_pages, &mut runs).is_some() {
+            for run in &runs {
+                into.insert(run.region, run.range)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Lets whoever has been cut notice it.
     pub(super) fn wake(&self) {
         // Who has looked and does not wait yet holds the lock.
@@ -152,7 +172,9 @@ impl Feed {
     pub(super) fn take(&self, runs: &mut Vec<Run>, cut: &AtomicBool) -> Option<Place> {
         let mut state = self.lock();
         loop {
-            if let Some(at) = state.next_chunk(self.chunk_pages, runs) {
+            if !state.cut_short
+                && let Some(at) = state.next_chunk(self.chunk_pages, runs)
+            {
                 return Some(at);
             }
             if state.closed || cut.load(Ordering::Acquire) {

@@ -155,6 +155,7 @@ impl Qemu {
             tracker: Box::new(tracker),
             guest: Box::new(QemuGuest::new(Arc::clone(&self.inner))),
             state: Box::new(QemuState::new(Arc::clone(&self.inner))),
+            faults: None,
         })
     }
 

@@ -27,11 +27,14 @@ impl Driver {
         while self.talks.try_join_next().is_some() {}
         let known = self.machine.session() == Some(arrival.hello.session);
         match arrival.hello.purpose {
-            Purpose::Migrate if self.machine.session().is_none() => self.adopt(arrival),
+            Purpose::Migrate if self.control.is_none() => self.adopt(arrival),
             Purpose::Migrate => {
                 self.turn_away(arrival, AbortCode::Busy, "another migration is under way");
             }
             Purpose::Lane(lane) if known => self.add_lane(arrival, lane).await,
+            Purpose::Fetch(lane) if known && self.faults.is_some() => {
+                self.add_fetch_lane(arrival, lane).await;
+            }
             Purpose::Inquire if known && self.talks.len() + self.inquirers.len() < MAX_TALKS => {
                 self.add_inquirer(arrival);
             }
@@ -70,8 +73,7 @@ impl Driver {
             // No fact is due: the first record that is written carries the session.
             Ok::<_, VmmError>(Input::Received(Message::Ping))
         });
-        self.machine
-            .handle(self.clock.now(), Input::Received(Message::Hello(hello)));
+        self.greet(hello);
     }
 
     async fn add_lane(&mut self, arrival: Arrival, id: LaneId) {
@@ -145,7 +147,7 @@ impl Driver {
     }
 }
 
-fn welcome(lanes: u16) -> Welcome {
+pub(super) fn welcome(lanes: u16) -> Welcome {
     Welcome {
         version: Versions::OURS.highest,
         features: Features::NONE,

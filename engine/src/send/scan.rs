@@ -27,7 +27,19 @@ impl Driver {
 
     pub(super) fn collect(&self, into: PageSet) {
         self.tracker
-            .order(Step::Collect, move |side| collect(side, into));
+            .order(Step::Collect, move |side| collect(side, Rearm::Yes, into));
+    }
+
+    /// Collects with the guest standing for good.
+    pub(super) fn collect_last(&self, into: PageSet) {
+        self.tracker
+            .order(Step::Collect, move |side| collect(side, Rearm::No, into));
+    }
+
+    /// Finds what guest RAM holds, without tracking.
+    pub(super) fn survey(&self, into: PageSet) {
+        self.tracker
+            .order(Step::Collect, move |side| survey(&*side.ram, into));
     }
 
     pub(super) fn scan(&mut self, rearm: Rearm, with: PageSet) {
@@ -130,9 +142,26 @@ impl Populated<'_> {
     }
 }
 
-fn collect(side: &mut TrackSide, mut into: PageSet) -> Result<Input, VmmError> {
+fn survey(ram: &dyn Ram, mut into: PageSet) -> Result<Input, VmmError> {
+    let regions = ram
+        .layout()
+        .iter()
+        .map(|(index, region)| (index, region.all()));
+    for (region, all) in regions {
+        let mut outside = None;
+        ram.populated(region, all, &mut |run| {
+            outside = into.insert(region, run).err().or(outside);
+        })?;
+        if let Some(outside) = outside {
+            return Err(VmmError::failed("guest RAM reported", outside));
+        }
+    }
+    Ok(Input::Collected { found: into })
+}
+
+fn collect(side: &mut TrackSide, rearm: Rearm, mut into: PageSet) -> Result<Input, VmmError> {
     let mut outside = None;
-    side.tracker.collect(Rearm::Yes, &mut |found| {
+    side.tracker.collect(rearm, &mut |found| {
         if let Some((region, range)) = found.written() {
             outside = into.insert(region, range).err().or(outside);
         }

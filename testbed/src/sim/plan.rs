@@ -7,7 +7,9 @@ use std::time::Duration;
 use ferry_engine::core::converge::{Converge, DowntimeLimit, Verdict, View};
 use ferry_engine::core::growth::Room;
 use ferry_engine::core::message::{Command, Phase};
-use ferry_engine::core::source::{LanePlan, SourceConfig, SourceLimits};
+use ferry_engine::core::source::{
+    AtTimeout, LanePlan, Postcopy, SourceConfig, SourceLimits,
+};
 use ferry_engine::core::target::{TargetConfig, TargetLimits};
 use ferry_engine::vmm::RunState;
 use ferry_stream::message::{Features, Mode, SessionId};
@@ -243,6 +245,8 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
         mode: rng.pick(&[Mode::Live, Mode::Live, Mode::Paused]),
         run_at_target: rng.pick(&[None, None, Some(RunState::Paused), Some(RunState::Running)]),
         downtime_limit: rng.micros(1..=4000),
+        postcopy: Postcopy::Never,
+        at_timeout: AtTimeout::Suspend,
         timeout: rng.percent(30).then(|| rng.micros(100..=50_000)),
         lanes: lanes(rng),
         features: features(rng),

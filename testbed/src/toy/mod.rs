@@ -150,6 +150,7 @@ impl Toy {
             ram,
             guest: Box::new(ToyGuest(Arc::clone(machine))),
             state: Box::new(ToyState::new(Arc::clone(machine), early, late)),
+            faults: None,
         }
     }
 

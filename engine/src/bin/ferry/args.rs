@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, value_parser};
-use ferry_engine::core::source::{LanePlan, MAX_LANES};
+use ferry_engine::core::source::{AtTimeout, LanePlan, MAX_LANES, Postcopy};
 use ferry_engine::host::control::{JobName, MAX_DOWNTIME_MS, Speed};
 use ferry_engine::{Compression, WithinHost};
 
@@ -48,6 +48,8 @@ pub(crate) enum Command {
     Setspeed(Setspeed),
     /// Change a migration's downtime limit while it runs
     Setmaxdowntime(Setmaxdowntime),
+    /// Hand a migration's guest over now, before its pages
+    Postcopy(PostcopyNow),
     /// Give a migration up: the guest stays where it is
     Jobabort(Jobabort),
 }
@@ -107,9 +109,31 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "WHEN", value_enum, default_value_t = Sharing::Auto)]
     pub(crate) within_host: Sharing,
 
+    /// Allow post-copy: the guest is handed over before its pages, which follow as it wants them, when
+    /// copying them first cannot meet --max-downtime, or `ferry postcopy` says so. Once it is handed
+    /// over it lives on both hosts: the loss of either loses the guest
+    #[arg(long, requires = "live")]
+    pub(crate) postcopy: bool,
+
+    /// Post-copy after one round of copying
+    #[arg(long, requires = "live")]
+    pub(crate) postcopy_after_precopy: bool,
+
+    /// Post-copy at once: nothing is copied before the guest is handed over
+    #[arg(long, requires = "live", conflicts_with = "postcopy_after_precopy")]
+    pub(crate) postcopy_now: bool,
+
     /// After so many seconds pause the guest and finish, whatever the blackout
     #[arg(long, value_name = "S", value_parser = value_parser!(u64).range(..=MAX_TIMEOUT_S))]
     pub(crate) timeout: Option<u64>,
+
+    /// What --timeout does: pause the guest. This is the default
+    #[arg(long, requires = "timeout")]
+    pub(crate) timeout_suspend: bool,
+
+    /// What --timeout does: hand the guest over before its pages
+    #[arg(long, requires_all = ["timeout", "live"], conflicts_with_all = ["timeout_suspend", "postcopy_now"])]
+    pub(crate) timeout_postcopy: bool,
 
     /// Leave the source's QEMU stopped after the move instead of ending it
     #[arg(long)]
@@ -170,6 +194,26 @@ impl Migrate {
             },
             LanePlan::Fixed,
         )
+    }
+
+    pub(crate) fn postcopy(&self) -> Postcopy {
+        if self.postcopy_now {
+            Postcopy::Now
+        } else if self.postcopy_after_precopy {
+            Postcopy::AfterPrecopy
+        } else if self.postcopy || self.timeout_postcopy {
+            Postcopy::Allowed
+        } else {
+            Postcopy::Never
+        }
+    }
+
+    pub(crate) fn at_timeout(&self) -> AtTimeout {
+        if self.timeout_postcopy {
+            AtTimeout::Postcopy
+        } else {
+            AtTimeout::Suspend
+        }
     }
 
     pub(crate) fn downtime_limit(&self) -> Duration {
@@ -278,6 +322,13 @@ pub(crate) struct Setmaxdowntime {
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = ORDER_EXIT_CODES)]
+pub(crate) struct PostcopyNow {
+    #[command(flatten)]
+    pub(crate) which: Which,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = ORDER_EXIT_CODES)]
 pub(crate) struct Jobabort {
     #[command(flatten)]
     pub(crate) which: Which,
@@ -369,6 +420,48 @@ mod tests {
             &["setspeed", "--qmp=/q", "a-job", "1"],
             &["setmaxdowntime", "86400001"],
             &["jobinfo", "a/b"],
+        ] {
+            parse(wrong).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn ways_to_postcopy() {
+        let parse = |args: &[&str]| {
+            let all = ["ferry", "migrate", "--qmp=/q", "ferry://a:1"];
+            let all = all.iter().chain(args);
+            Args::try_parse_from(all).map(|args| match args.command {
+                Command::Migrate(migrate) => (migrate.postcopy(), migrate.at_timeout()),
+                other => panic!("{other:?}"),
+            })
+        };
+        let suspend = AtTimeout::Suspend;
+        for (args, expected) in [
+            (&["--live"][..], (Postcopy::Never, suspend)),
+            (&["--live", "--postcopy"], (Postcopy::Allowed, suspend)),
+            (
+                &["--live", "--postcopy", "--postcopy-after-precopy"],
+                (Postcopy::AfterPrecopy, suspend),
+            ),
+            (&["--live", "--postcopy-now"], (Postcopy::Now, suspend)),
+            (
+                &["--live", "--timeout=3", "--timeout-postcopy"],
+                (Postcopy::Allowed, AtTimeout::Postcopy),
+            ),
+            (
+                &["--timeout=3", "--timeout-suspend"],
+                (Postcopy::Never, suspend),
+            ),
+        ] {
+            assert_eq!(parse(args).unwrap(), expected, "{args:?}");
+        }
+        for wrong in [
+            &["--postcopy"][..],
+            &["--postcopy-now"],
+            &["--live", "--postcopy-now", "--postcopy-after-precopy"],
+            &["--live", "--timeout-postcopy"],
+            &["--timeout=3", "--timeout-postcopy"],
+            &["--live", "--timeout-suspend"],
         ] {
             parse(wrong).unwrap_err();
         }

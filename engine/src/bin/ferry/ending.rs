@@ -7,9 +7,11 @@ use std::time::Duration;
 use ferry_engine::Finished;
 use ferry_engine::core::blackout::Blackout;
 use ferry_engine::core::encoding::EncodingTotals;
+use ferry_engine::core::layout::PAGE_SIZE;
 use ferry_engine::core::message::{GuestLeft, Outcome, Reason};
-use ferry_engine::core::meter::{Report, RoundReport};
+use ferry_engine::core::meter::{PostcopyReport, Report, RoundReport};
 use ferry_engine::core::outcome::in_full;
+use ferry_engine::core::postcopy::FetchFigures;
 use ferry_engine::qemu::Problem;
 use serde::Serialize;
 
@@ -93,6 +95,8 @@ struct Json {
     problems: Vec<JsonProblem>,
     #[serde(flatten)]
     figures: Option<Figures>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    faults: Option<JsonFaults>,
 }
 
 impl Json {
@@ -104,6 +108,7 @@ impl Json {
             guest: Some(guest_word(&GuestLeft::Untouched)),
             problems,
             figures: None,
+            faults: None,
         }
     }
 }
@@ -136,6 +141,75 @@ struct Figures {
     lanes_lost: u32,
     rounds: Vec<JsonRound>,
     compression: JsonCompression,
+    /// What came after the guest, where it was handed over before its pages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    postcopy: Option<JsonPostcopy>,
+}
+
+#[derive(Serialize)]
+struct JsonPostcopy {
+    pages_missing: u64,
+    /// From the target's word that the guest runs to its word that every page is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_page_ms: Option<f64>,
+    bytes_wire: u64,
+    /// Sent because somebody waited for them.
+    pages_asked: u64,
+}
+
+impl From<&PostcopyReport> for JsonPostcopy {
+    fn from(report: &PostcopyReport) -> Self {
+        Self {
+            pages_missing: report.missing_pages,
+            last_page_ms: report.last_page.map(ms),
+            bytes_wire: report.bytes_wire,
+            pages_asked: report.asked_pages,
+        }
+    }
+}
+
+/// How the faults of a guest were served that runs here and whose pages followed.
+#[derive(Serialize)]
+struct JsonFaults {
+    count: u64,
+    p50_us: f64,
+    p90_us: f64,
+    p99_us: f64,
+    max_us: f64,
+    /// Of all threads together.
+    total_ms: f64,
+    pages_missing: u64,
+    stalls: Vec<JsonStalls>,
+}
+
+/// How a thread of QEMU fared, a vCPU or another.
+#[derive(Serialize)]
+struct JsonStalls {
+    thread: u32,
+    count: u64,
+    total_ms: f64,
+}
+
+impl From<&FetchFigures> for JsonFaults {
+    fn from(figures: &FetchFigures) -> Self {
+        let us = |span: Duration| (span.as_secs_f64() * 1e7).round() / 10.0;
+        let faults = figures.faults;
+        let stalls = figures.stalls.iter().map(|(thread, stalls)| JsonStalls {
+            thread: *thread,
+            count: stalls.count,
+            total_ms: ms(stalls.total),
+        });
+        Self {
+            count: faults.count,
+            p50_us: us(faults.p50),
+            p90_us: us(faults.p90),
+            p99_us: us(faults.p99),
+            max_us: us(faults.longest),
+            total_ms: ms(faults.total),
+            pages_missing: figures.missing_pages,
+            stalls: stalls.collect(),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -237,6 +311,7 @@ impl From<&Report> for Figures {
             lanes_lost: report.lanes_lost,
             rounds: report.rounds.iter().map(JsonRound::from).collect(),
             compression: JsonCompression::from(&report.encoding),
+            postcopy: report.postcopy.as_ref().map(JsonPostcopy::from),
         }
     }
 }
@@ -308,6 +383,7 @@ impl Teller {
                 guest,
                 problems: Vec::new(),
                 figures,
+                faults: finished.report.fetched.as_ref().map(JsonFaults::from),
             });
         }
         code
@@ -320,8 +396,16 @@ impl Teller {
                 if let Some(blackout) = &finished.report.blackout {
                     say::tell(split(blackout));
                 }
+                if let Some(postcopy) = &finished.report.postcopy {
+                    say::tell(followed(postcopy));
+                }
             }
-            Outcome::Moved => say::tell(format_args!("The guest is here now.")),
+            Outcome::Moved => {
+                say::tell(format_args!("The guest is here now."));
+                if let Some(fetched) = &finished.report.fetched {
+                    say::tell(waited(fetched));
+                }
+            }
             Outcome::Kept { reason, guest } => {
                 say::tell(format_args!("ferry: not moved: {}", words(reason)));
                 say::tell(format_args!("{}", guest_sentence(guest)));
@@ -370,6 +454,32 @@ fn split(blackout: &Blackout) -> String {
         .map(|(name, part)| format!("{name} {part}"))
         .collect();
     format!("Blackout, in ms: {}.", told.join(", "))
+}
+
+/// What came after the guest.
+fn followed(report: &PostcopyReport) -> String {
+    let last = report.last_page.map_or_else(String::new, |last| {
+        format!(", the last {:.2} s later", last.as_secs_f64())
+    });
+    format!(
+        "Post-copy: {} came after the guest{last}; {} pages were asked for.",
+        bytes(report.missing_pages * PAGE_SIZE as u64),
+        report.asked_pages
+    )
+}
+
+/// How long the guest waited for pages.
+fn waited(figures: &FetchFigures) -> String {
+    let ms = |span: Duration| span.as_secs_f64() * 1e3;
+    let faults = figures.faults;
+    format!(
+        "It waited {} times for a page: half of them up to {:.3} ms, 99 % up to {:.3} ms, the longest \
+         {:.3} ms.",
+        faults.count,
+        ms(faults.p50),
+        ms(faults.p99),
+        ms(faults.longest)
+    )
 }
 
 /// Bytes for people.

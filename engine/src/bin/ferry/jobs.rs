@@ -13,7 +13,9 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::args::{Jobabort, Jobinfo, Jobs, Setmaxdowntime, Setspeed, StateDir, Which};
+use crate::args::{
+    Jobabort, Jobinfo, Jobs, PostcopyNow, Setmaxdowntime, Setspeed, StateDir, Which,
+};
 use crate::ending::{FAILED, REFUSED, Refusal, bytes};
 use crate::progress::{lanes, line, packing, seconds};
 use crate::{host, say};
@@ -345,6 +347,11 @@ pub(crate) async fn set_speed(args: &Setspeed) -> ExitCode {
 pub(crate) async fn set_max_downtime(args: &Setmaxdowntime) -> ExitCode {
     let ms = args.ms;
     ended(order(&args.which, &Command::SetMaxDowntime { ms }).await)
+}
+
+/// `ferry postcopy`.
+pub(crate) async fn postcopy(args: &PostcopyNow) -> ExitCode {
+    ended(order(&args.which, &Command::Postcopy).await)
 }
 
 /// `ferry jobabort`.

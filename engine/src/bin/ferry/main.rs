@@ -51,6 +51,7 @@ fn main() -> ExitCode {
             Command::Jobinfo(args) => jobs::info(args).await,
             Command::Setspeed(args) => jobs::set_speed(args).await,
             Command::Setmaxdowntime(args) => jobs::set_max_downtime(args).await,
+            Command::Postcopy(args) => jobs::postcopy(args).await,
             Command::Jobabort(args) => jobs::abort(args).await,
         }
     });

@@ -62,6 +62,8 @@ async fn start(args: &Migrate) -> Result<Started, Refusal> {
         .with_lanes(args.lanes())
         .with_mode(if args.live { Mode::Live } else { Mode::Paused })
         .with_downtime_limit(args.downtime_limit())
+        .with_postcopy(args.postcopy())
+        .with_at_timeout(args.at_timeout())
         .with_bandwidth(
             args.bandwidth
                 .map_or(Bandwidth::Unlimited, Bandwidth::mib_per_second),
@@ -168,6 +170,14 @@ pub(crate) fn tell(notice: &Notice) {
              not have: it is sent again, and every page as a whole from now on",
             page.0
         ),
+        Notice::NoPostcopy => {
+            "post-copy cannot be had, `ferry receive` says why: the move goes on without it"
+                .to_owned()
+        }
+        Notice::HandsOverBefore => {
+            "copying cannot meet the downtime limit: the guest is handed over now, its pages follow"
+                .to_owned()
+        }
         Notice::Leftover(text) => text.clone(),
         _ => return,
     };

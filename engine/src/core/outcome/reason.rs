@@ -133,6 +133,12 @@ pub enum Reason {
         /// What the link carries, in bytes a second.
         link_bytes_per_s: u64,
     },
+    /// The target cannot have a guest without all of its pages.
+    #[error(
+        "the target cannot do post-copy: `ferry receive` there says why; move the guest by precopy, \
+         without --postcopy-now and --postcopy-after-precopy"
+    )]
+    NoPostcopy,
     /// Something took too long.
     #[error("{phase} took longer than {limit_ms} ms")]
     TimedOut {

@@ -24,6 +24,17 @@ pub struct Lacking {
     stalls: HashMap<u32, Stalls>,
 }
 
+/// How the faults of a guest were served.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FetchFigures {
+    /// Of all of them.
+    pub faults: FaultFigures,
+    /// Of each thread of the VMM, by its number, those that waited longest first.
+    pub stalls: Vec<(u32, Stalls)>,
+    /// Pages that are not there yet.
+    pub missing_pages: u64,
+}
+
 /// How one thread of the VMM fared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stalls {
@@ -157,13 +168,16 @@ impl Lacking {
             .expect("what was claimed is within the layout");
     }
 
-    /// How faults were served.
-    pub fn figures(&self) -> FaultFigures {
-        self.latencies.figures()
+    /// How it went so far.
+    pub fn figures(&self) -> FetchFigures {
+        FetchFigures {
+            faults: self.latencies.figures(),
+            stalls: self.stalls(),
+            missing_pages: self.pages(),
+        }
     }
 
-    /// How each thread fared, those that waited longest first.
-    pub fn stalls(&self) -> Vec<(u32, Stalls)> {
+    fn stalls(&self) -> Vec<(u32, Stalls)> {
         let mut stalls: Vec<_> = self
             .stalls
             .iter()

@@ -18,6 +18,22 @@ pub mod owed;
 #[cfg(test)]
 mod tests;
 
-pub use self::lacking::{Answer, Lacking};
+pub use self::lacking::{Answer, FetchFigures, Lacking, Stalls};
 pub use self::latency::{FaultFigures, Latencies};
 pub use self::owed::{Owed, PageRun};
+
+/// How far the way to post-copy is gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Way {
+    /// It is not to be had, or not wanted.
+    #[default]
+    Closed,
+    /// Both sides are able to.
+    Open,
+    /// The guest is handed over as soon as can be.
+    Due,
+    /// It is being handed over, or has been, without all of its pages.
+    Taken,
+    /// Every page is at the target.
+    Whole,
+}

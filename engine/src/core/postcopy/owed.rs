@@ -109,6 +109,33 @@ impl Owed {
         Some(runs)
     }
 
+    /// Takes what lies close behind a page that the guest waits for: the first run of owed pages, all of
+    /// it within `most` pages of that one.
+    pub fn behind(
+        &mut self,
+        lane: LaneId,
+        region: RegionIndex,
+        page: PageNumber,
+        most: u64,
+    ) -> Option<PageRun> {
+        let mut behind = Cursor {
+            region: region.0,
+            page: page.0.saturating_add(1),
+        };
+        let (found, run) = self.left.next_run(&mut behind, most)?;
+        let end = page.0.saturating_add(1).saturating_add(most);
+        if found != region || run.first.0 >= end {
+            return None;
+        }
+        let run = (
+            region,
+            PageRange::new(run.first.0, run.count.min(end - run.first.0)),
+        );
+        self.take(run);
+        self.note(lane, vec![run]);
+        Some(run)
+    }
+
     fn next_run(&mut self, most: u64) -> Option<PageRun> {
         if !self.first.is_empty() {
             return self.first.next_run(&mut Cursor::default(), most);

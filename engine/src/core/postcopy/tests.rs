@@ -314,6 +314,18 @@ fn what_was_written_last_goes_first_then_what_follows_a_fault() {
 }
 
 #[test]
+fn neighbours_are_close_and_owed() {
+    let mut owed = Owed::new(set([1, 2, 5, 6, 30].map(|page| (0, page))), &set([]));
+    assert_eq!(owed.fault(ONE, RAM, PageNumber(1)), Some(run(1, 1)));
+    assert_eq!(owed.behind(ONE, RAM, PageNumber(1), 4), Some(run(2, 1)));
+    assert_eq!(owed.behind(ONE, RAM, PageNumber(1), 4), Some(run(5, 1)));
+    assert_eq!(owed.behind(ONE, RAM, PageNumber(1), 4), None);
+    assert_eq!(owed.next(TWO, 9, 9), Some(vec![run(6, 1), run(30, 1)]));
+    owed.lost(ONE);
+    assert_eq!(owed.left(), 3);
+}
+
+#[test]
 fn a_dead_lane_owes_what_was_not_acknowledged() {
     let mut owed = Owed::new(set((0..9).map(|page| (0, page))), &set([]));
     for _ in 0..3 {
@@ -374,14 +386,11 @@ fn waits_are_counted_by_who_waited() {
     assert!(lacking.is_whole());
     let figures = lacking.figures();
     assert_eq!(
-        (figures.count, figures.longest),
+        (figures.faults.count, figures.faults.longest),
         (3, Duration::from_micros(100))
     );
     let total = Duration::from_micros(100);
-    assert_eq!(
-        lacking.stalls()[0],
-        (7, super::lacking::Stalls { count: 1, total })
-    );
+    assert_eq!(figures.stalls[0], (7, super::Stalls { count: 1, total }));
 }
 
 #[test]

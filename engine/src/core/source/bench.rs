@@ -8,7 +8,7 @@ use ferry_stream::message::{
     Features, LaneId, LaneIndex, Message, Mode, Round, SessionId, Versions, Welcome,
 };
 
-use super::{LanePlan, Source, SourceConfig, SourceLimits};
+use super::{AtTimeout, LanePlan, Postcopy, Source, SourceConfig, SourceLimits};
 use crate::core::converge::{Converge, Verdict, View};
 use crate::core::layout::{Layout, PageRange, Region, RegionIndex};
 use crate::core::message::{
@@ -53,6 +53,8 @@ pub(super) fn config() -> SourceConfig {
         run_at_target: None,
         downtime_limit: Duration::from_millis(50),
         timeout: None,
+        postcopy: Postcopy::Never,
+        at_timeout: AtTimeout::Suspend,
         features: Features::NONE,
         lanes: LanePlan::Fixed(NonZeroU16::new(2).unwrap()),
         switchover_floor: Duration::from_millis(10),

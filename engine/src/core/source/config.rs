@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ferry_stream::message::{Features, Mode, SessionId};
 
+use super::postcopy::Postcopy;
 use crate::core::growth::Room;
 use crate::vmm::RunState;
 
@@ -20,8 +21,12 @@ pub struct SourceConfig {
     pub run_at_target: Option<RunState>,
     /// The longest blackout that is wanted.
     pub downtime_limit: Duration,
-    /// After this time the guest is paused and the move finishes, whatever the blackout.
+    /// After this time the guest is no longer waited for: see [`SourceConfig::at_timeout`].
     pub timeout: Option<Duration>,
+    /// Whether the guest may be handed over before its pages.
+    pub postcopy: Postcopy,
+    /// What the time-out does.
+    pub at_timeout: AtTimeout,
     /// Page lanes to open.
     pub lanes: LanePlan,
     /// What the lanes are able to do with pages, for the target to choose from.
@@ -31,6 +36,16 @@ pub struct SourceConfig {
     pub switchover_floor: Duration,
     /// Bounds on the peer and the VMM.
     pub limits: SourceLimits,
+}
+
+/// What becomes of a move that takes too long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AtTimeout {
+    /// The guest is paused, and the move finishes.
+    #[default]
+    Suspend,
+    /// The guest is handed over before its pages.
+    Postcopy,
 }
 
 /// How many page lanes a source opens. The target may take fewer.

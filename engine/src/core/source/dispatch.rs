@@ -78,6 +78,7 @@ impl Shared {
                 }
                 state
             }
+            Input::Whole => self.whole(state),
             Input::Flushed => {
                 self.flush = Flush::None;
                 state.go_on(self)
@@ -115,12 +116,15 @@ impl Shared {
             State::Holding(holding) => holding.handle(self, input),
             State::Copying(copying) => copying.handle(self, input),
             State::Collecting(collecting) => collecting.handle(self, input),
+            State::CutShort => self.cut_short(input),
+            State::Switching(switching) => switching.handle(self, input),
             State::Stopping(stopping) => stopping.handle(self, input),
             State::Draining(draining) => draining.handle(self, input),
             State::Offering(offering) => offering.handle(self, input),
             State::Giving(giving) => giving.handle(self, &input),
             State::Given(given) => given.handle(self, input),
             State::Asking(asking) => asking.handle(self, input),
+            State::Serving => self.unexpected(State::Serving, &input),
             State::Leaving(leaving) => leaving.handle(self, &input),
             State::Undoing(undoing) => undoing.handle(self, input),
             State::Ended => State::Ended,

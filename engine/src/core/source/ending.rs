@@ -1,7 +1,5 @@
 //! The two ways out: the guest has moved, or everything is put back.
 
-use std::time::Duration;
-
 use ferry_stream::message::Message;
 
 use super::{Hardware, Link, Shared, State};
@@ -18,9 +16,8 @@ pub(super) struct Leaving {
 }
 
 impl Shared {
-    /// The guest runs at the target, which took `resume` to let it, if that is known.
-    pub(super) fn leave(&mut self, resume: Duration) -> State {
-        self.meter.runs(self.now, resume);
+    /// The guest runs at the target and has all of its pages.
+    pub(super) fn depart(&mut self) -> State {
         self.send(Message::Finished);
         self.journal(Record::Moved);
         self.bound(self.config.limits.settling);

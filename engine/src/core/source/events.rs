@@ -39,7 +39,7 @@ impl Shared {
     fn foreign_resume(&mut self, state: State) -> State {
         if matches!(
             state,
-            State::Given(_) | State::Asking(_) | State::Leaving(_)
+            State::Given(_) | State::Asking(_) | State::Serving | State::Leaving(_)
         ) {
             self.tell(Notice::ResumedAfterGiven);
             self.actions.push_back(Action::Pause(PauseFor::Copy));
@@ -63,7 +63,9 @@ impl Shared {
 
     pub(super) fn command(&mut self, state: State, command: Command) -> State {
         match command {
-            Command::Cancel if matches!(state, State::Given(_) | State::Asking(_)) => {
+            Command::Cancel
+                if matches!(state, State::Given(_) | State::Asking(_) | State::Serving) =>
+            {
                 self.tell(Notice::TooLateToCancel);
                 state
             }
@@ -77,6 +79,10 @@ impl Shared {
             }
             Command::Suspend => {
                 self.suspend(&state);
+                state
+            }
+            Command::Postcopy => {
+                self.order_postcopy(&state);
                 state
             }
         }

@@ -181,8 +181,10 @@ impl State {
             | Self::Holding(_)
             | Self::Copying(_)
             | Self::Collecting(_)
+            | Self::CutShort
             | Self::Stopping(_)
-            | Self::Draining(_) => true,
+            | Self::Draining(_)
+            | Self::Switching(_) => true,
             Self::Offering(offering) => offering.is_sending(),
             _ => false,
         }
@@ -201,6 +203,7 @@ impl State {
             Self::Preparing(preparing) => preparing.advance(shared),
             Self::Copying(copying) => copying.advance(shared),
             Self::Draining(draining) => draining.moved(shared),
+            Self::Switching(switching) => switching.advance(shared),
             Self::Offering(offering) => offering.moved(shared),
             state => state,
         }

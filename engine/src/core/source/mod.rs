@@ -30,6 +30,7 @@ mod fencing;
 mod lane_tests;
 mod lanes;
 mod orders;
+mod postcopy;
 mod precopy;
 mod round;
 #[cfg(test)]
@@ -46,10 +47,12 @@ use ferry_stream::message::{Features, Message, Mode, Round};
 
 pub use ferry_stream::limits::MAX_LANES;
 
-pub use self::config::{LanePlan, SourceConfig, SourceLimits};
+pub use self::config::{AtTimeout, LanePlan, SourceConfig, SourceLimits};
 use self::deltas::Bases;
 use self::ending::{Leaving, Undoing};
 use self::lanes::Lanes;
+pub use self::postcopy::Postcopy;
+use self::postcopy::Switching;
 use self::precopy::{Collecting, Copying, Holding, Preparing};
 use self::switchover::{Asking, Draining, Given, Giving, Offering, Stopping};
 use crate::core::converge::Converge;
@@ -57,6 +60,7 @@ use crate::core::growth::Growth;
 use crate::core::heat::Heat;
 use crate::core::message::{Action, Input, Moment, Phase, Reason, Record};
 use crate::core::meter::{Meter, Progress, Report};
+use crate::core::postcopy::Way;
 use crate::vmm::{Inventory, RunState};
 
 /// The source's machine. Facts go in through [`Source::handle`], orders come out of
@@ -72,12 +76,17 @@ enum State {
     Holding(Holding),
     Copying(Copying),
     Collecting(Collecting),
+    /// What is left of a round that was cut short is being taken back.
+    CutShort,
     Stopping(Stopping),
     Draining(Draining),
+    Switching(Switching),
     Offering(Offering),
     Giving(Giving),
     Given(Given),
     Asking(Asking),
+    /// The guest runs at the target, and its pages follow.
+    Serving,
     Leaving(Leaving),
     Undoing(Undoing),
     Ended,
@@ -114,6 +123,7 @@ struct Shared {
     hardware: Hardware,
     heat: Heat,
     link: Link,
+    way: Way,
     floor_told: bool,
     /// Go was said, and the target has not said that the guest is ours again.
     given_away: bool,
@@ -182,6 +192,7 @@ impl Source {
             hardware: Hardware::Offered,
             heat: Heat::new(&inventory.layout),
             link: Link::Up,
+            way: Way::Closed,
             floor_told: false,
             given_away: false,
             config,
@@ -229,7 +240,10 @@ impl Source {
         self.shared.now = now;
         if self.shared.timeout.is_some_and(|at| at <= now) {
             self.shared.timeout = None;
-            self.shared.suspend(&self.state);
+            match self.shared.config.at_timeout {
+                AtTimeout::Suspend => self.shared.suspend(&self.state),
+                AtTimeout::Postcopy => self.shared.order_postcopy(&self.state),
+            }
         }
         let state = mem::replace(&mut self.state, State::Ended);
         self.state = state.look_after_lanes(&mut self.shared);
@@ -271,13 +285,18 @@ impl Source {
     pub fn may_run(&self) -> bool {
         !matches!(
             self.state,
-            State::Given(_) | State::Asking(_) | State::Leaving(_) | State::Ended
+            State::Given(_) | State::Asking(_) | State::Serving | State::Leaving(_) | State::Ended
         )
     }
 
     /// A look at how far it is.
     pub fn progress(&self, now: Moment) -> Progress {
         self.shared.progress(now, self.state.phase())
+    }
+
+    /// Pages that the guest was handed over without.
+    pub(crate) fn missing_pages(&self) -> u64 {
+        self.shared.meter.missing_pages()
     }
 
     /// What both sides are able to do with pages; none before the target has said so.
@@ -301,13 +320,14 @@ impl State {
         match self {
             Self::Greeting => Phase::Greeting,
             Self::Preparing(_) | Self::Holding(_) => Phase::Preparing,
-            Self::Copying(_) | Self::Collecting(_) => Phase::Copying,
+            Self::Copying(_) | Self::Collecting(_) | Self::CutShort => Phase::Copying,
             Self::Stopping(_) => Phase::Stopping,
-            Self::Draining(_) => Phase::Draining,
+            Self::Draining(_) | Self::Switching(_) => Phase::Draining,
             Self::Offering(_) => Phase::Offering,
             Self::Giving(_) => Phase::Giving,
             Self::Given(_) => Phase::Given,
             Self::Asking(_) => Phase::Asking,
+            Self::Serving => Phase::Serving,
             Self::Leaving(_) => Phase::Leaving,
             Self::Undoing(_) => Phase::Undoing,
             Self::Ended => Phase::Ended,
@@ -321,6 +341,7 @@ impl State {
             Self::Greeting => shared.refuse(no_ferry(reason)),
             Self::Given(given) => given.trouble(shared, reason),
             Self::Asking(asking) => asking.trouble(shared, &reason),
+            Self::Serving => shared.trouble_while_serving(reason),
             Self::Leaving(leaving) => leaving.trouble(shared, &reason),
             Self::Undoing(undoing) => undoing.trouble(shared, &reason),
             Self::Ended => Self::Ended,
@@ -328,8 +349,10 @@ impl State {
             | Self::Holding(_)
             | Self::Copying(_)
             | Self::Collecting(_)
+            | Self::CutShort
             | Self::Stopping(_)
             | Self::Draining(_)
+            | Self::Switching(_)
             | Self::Offering(_)
             | Self::Giving(_) => shared.undo(reason),
         }
@@ -345,14 +368,21 @@ impl State {
 
     /// True while the guest runs and its RAM is copied.
     fn is_copying(&self) -> bool {
-        matches!(self, Self::Copying(_) | Self::Collecting(_))
+        matches!(
+            self,
+            Self::Copying(_) | Self::Collecting(_) | Self::CutShort
+        )
     }
 
     /// True from the order to stop for the switchover until the guest is given away.
     fn is_switching(&self) -> bool {
         matches!(
             self,
-            Self::Stopping(_) | Self::Draining(_) | Self::Offering(_) | Self::Giving(_)
+            Self::Stopping(_)
+                | Self::Draining(_)
+                | Self::Switching(_)
+                | Self::Offering(_)
+                | Self::Giving(_)
         )
     }
 }

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use ferry_stream::message::{Hello, Message, Mode, Offer, Purpose, RegionInfo, Versions};
+use ferry_stream::message::{Features, Hello, Message, Mode, Offer, Purpose, RegionInfo, Versions};
 
+use super::postcopy::Postcopy;
 use super::{Link, Shared, SourceConfig, State};
 use crate::core::converge::{Verdict, View};
 use crate::core::message::{Action, GuestLeft, Moment, Notice, Outcome, Reason, Record};
@@ -31,7 +32,7 @@ impl Shared {
         });
         Hello {
             versions: Versions::OURS,
-            features: self.config.features,
+            features: self.offered_features(),
             session: self.config.session,
             purpose: Purpose::Migrate,
             offer: Some(Offer {
@@ -42,6 +43,14 @@ impl Shared {
                 lanes: self.config.lanes.most().get(),
                 mode: self.config.mode,
             }),
+        }
+    }
+
+    /// What a target may choose from.
+    pub(super) fn offered_features(&self) -> Features {
+        match self.config.postcopy {
+            Postcopy::Never => self.config.features,
+            _ => self.config.features.union(Features::POSTCOPY),
         }
     }
 

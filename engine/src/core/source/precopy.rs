@@ -3,6 +3,7 @@
 use ferry_stream::message::{Message, Mode, Versions, Welcome};
 
 use super::lanes::Lanes;
+use super::postcopy::Postcopy;
 use super::round::{InFlight, Settled};
 use super::{Flush, Hardware, Shared, State};
 use crate::core::converge::Verdict;
@@ -14,6 +15,7 @@ use crate::core::message::{
 };
 use crate::core::meter::Progress;
 use crate::core::pageset::PageSet;
+use crate::core::postcopy::Way;
 use crate::vmm::PauseFor;
 
 /// Both sides get ready at the same time: the journal, the lanes, the device state and tracking
@@ -45,7 +47,7 @@ impl Shared {
             return self.refuse(reason);
         }
         let lanes_fit = (1..=self.config.lanes.most().get()).contains(&welcome.lanes);
-        if !lanes_fit || !self.config.features.contains(welcome.features) {
+        if !lanes_fit || !self.offered_features().contains(welcome.features) {
             let what = "a welcome with more than was offered";
             return self.refuse(Reason::Protocol {
                 what,
@@ -53,13 +55,18 @@ impl Shared {
             });
         }
         self.features = welcome.features;
+        if let Err(reason) = self.agree_on_postcopy() {
+            return self.refuse(reason);
+        }
         self.journal(Record::Migrating);
         self.lanes = Lanes::none_of(welcome.lanes);
         self.open_first_lanes();
         self.actions.push_back(Action::OpenState);
-        let into = self.blank_set();
-        self.meter.tracking_ordered(self.now);
-        self.actions.push_back(Action::StartTracking { into });
+        if !self.copies_nothing() {
+            let into = self.blank_set();
+            self.meter.tracking_ordered(self.now);
+            self.actions.push_back(Action::StartTracking { into });
+        }
         self.bound(self.config.limits.preparing);
         State::Preparing(Preparing::default())
     }
@@ -105,6 +112,9 @@ impl Holding {
 
 impl Shared {
     fn begin_copy(&mut self, tracking: Option<HandedOn>) -> State {
+        if self.copies_nothing() {
+            return self.hand_over_at_once();
+        }
         match self.config.mode {
             Mode::Live => self.first_round(tracking),
             Mode::Paused => {
@@ -119,9 +129,11 @@ impl Shared {
         self.order_flush();
         self.bound(self.config.limits.draining);
         let rewritten = self.rewritten();
-        State::Copying(Copying {
-            in_flight: self.copy_tracked(tracking, rewritten),
-        })
+        let in_flight = self.copy_tracked(tracking, rewritten);
+        if self.way == Way::Due {
+            self.actions.push_back(Action::CutShort);
+        }
+        State::Copying(Copying { in_flight })
     }
 
     fn copy_live(&mut self, pages: PageSet) -> State {
@@ -202,6 +214,12 @@ impl Copying {
             Settled::Wrong(reason) => shared.undo(reason),
             Settled::Done => {
                 shared.unbound();
+                if shared.config.postcopy == Postcopy::AfterPrecopy && shared.way == Way::Open {
+                    shared.way = Way::Due;
+                }
+                if shared.way == Way::Due {
+                    return shared.hand_over();
+                }
                 shared.collect_next()
             }
         }
@@ -261,11 +279,16 @@ impl Shared {
     }
 
     fn decide(&mut self, mut dirty: PageSet, hot: &Hot) -> State {
-        if self.held.is_some() {
+        if self.held.is_some() || self.way == Way::Due {
             return self.stop(dirty);
         }
         self.tell_floor();
         match self.verdict(dirty.len()) {
+            Verdict::GiveUp if self.way == Way::Open => {
+                self.tell(Notice::HandsOverBefore);
+                self.way = Way::Due;
+                self.stop(dirty)
+            }
             // The pause would wait for the flush, with the guest standing. Further rounds would only
             // pass the time.
             Verdict::Stop if self.flush == Flush::UnderWay => {
@@ -312,7 +335,7 @@ impl Shared {
     }
 
     /// Stops the guest with `dirty` still to send.
-    fn stop(&mut self, dirty: PageSet) -> State {
+    pub(super) fn stop(&mut self, dirty: PageSet) -> State {
         self.timeout = None;
         self.hardware = Hardware::Due;
         let now = self.now;
@@ -345,6 +368,7 @@ impl Shared {
             downtime_limit: self.config.downtime_limit,
             encoding: EncodingTotals::default(),
             given_away: self.given_away,
+            postcopy: self.way,
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::core::message::{
     Action, HandedOn, Input, Moment, Notice, Outcome, Reason, Record, run_order,
 };
 use crate::core::pageset::PageSet;
+use crate::core::postcopy::Way;
 use crate::vmm::{Inventory, Rearm};
 
 /// The guest is being paused.
@@ -36,6 +37,9 @@ impl Shared {
         self.meter.stopped(self.held.unwrap_or(stopped));
         let now = self.now;
         self.meter.blackout(|watch| watch.paused(drained, now));
+        if self.way == Way::Due {
+            return self.switch(dirty);
+        }
         self.send(Message::Paused);
         self.actions.push_back(Action::Save);
         self.add_owed(&mut dirty);
@@ -59,10 +63,10 @@ pub(super) struct Draining {
 
 /// The device state, as saved.
 #[derive(Clone, Copy)]
-struct Saved {
-    bytes: u64,
-    crc: u32,
-    at: Moment,
+pub(super) struct Saved {
+    pub(super) bytes: u64,
+    pub(super) crc: u32,
+    pub(super) at: Moment,
 }
 
 /// How far the pages are that the guest left dirty.
@@ -203,7 +207,7 @@ impl Shared {
         }
     }
 
-    fn say_complete(&mut self, pages: u64, saved: Saved) {
+    pub(super) fn say_complete(&mut self, pages: u64, saved: Saved) {
         self.send(Message::Complete {
             round: self.round,
             pages,
@@ -271,6 +275,16 @@ enum Complete {
 }
 
 impl Offering {
+    /// No page is on its way but what the guest runs without.
+    pub(super) fn of_the_rest(saved: Saved) -> Self {
+        Self {
+            saved,
+            complete: Complete::Stands,
+            in_flight: None,
+            ready: false,
+        }
+    }
+
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
         let settled = match &mut self.in_flight {
             None => Settled::Unrelated(input),
@@ -391,7 +405,7 @@ pub(super) struct Given;
 impl Given {
     pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
         match input {
-            Input::Received(Message::Running { resume_us }) => shared.leave(micros(resume_us)),
+            Input::Received(Message::Running { resume_us }) => shared.runs_there(micros(resume_us)),
             Input::Received(Message::Returned { reason }) => {
                 shared.undo(Reason::Returned { text: reason })
             }
@@ -434,7 +448,7 @@ impl Shared {
         self.tell(Notice::AskingTarget);
         self.actions.push_back(Action::Ask);
         self.unbound();
-        let until = self.now.after(self.config.limits.asking);
+        let until = self.asks_until();
         State::Asking(Asking {
             reason,
             until,
@@ -446,8 +460,8 @@ impl Shared {
 impl Asking {
     pub(super) fn handle(mut self, shared: &mut Shared, input: Input) -> State {
         match input {
-            Input::Received(Message::Running { resume_us }) => shared.leave(micros(resume_us)),
-            Input::Answered(Some(Verdict::Taken)) => shared.leave(Duration::ZERO),
+            Input::Received(Message::Running { resume_us }) => shared.runs_there(micros(resume_us)),
+            Input::Answered(Some(Verdict::Taken)) => shared.runs_there(Duration::ZERO),
             Input::Answered(Some(Verdict::Refused)) => shared.undo(Reason::Refused),
             Input::Answered(Some(Verdict::Returned)) => {
                 let text = "the target says so when asked".to_owned();
@@ -484,7 +498,7 @@ impl Asking {
 
 impl Shared {
     /// A person decides. Neither VMM is touched; tracking ends, which the guest does not notice.
-    fn in_doubt(&mut self, reason: Reason) -> State {
+    pub(super) fn in_doubt(&mut self, reason: Reason) -> State {
         self.actions.push_back(Action::CloseLanes);
         self.actions.push_back(Action::StopTracking);
         self.finish(Outcome::InDoubt { reason })

@@ -90,9 +90,11 @@ impl Shared {
             self.inquirers.push(inquirer);
         }
         match state {
-            State::Preparing(_) | State::Receiving(_) | State::Loading(_) | State::Offered => {
-                self.refuse(Reason::Asked, Parting::Lingering)
-            }
+            State::Preparing(_)
+            | State::Receiving(_)
+            | State::Arming(_)
+            | State::Loading(_)
+            | State::Offered => self.refuse(Reason::Asked, Parting::Lingering),
             state => {
                 if let Some(verdict) = state.verdict() {
                     self.answer_all(verdict);
@@ -139,7 +141,7 @@ impl Shared {
         })
     }
 
-    fn tell_leftover(&mut self, failure: &Failure) {
+    pub(super) fn tell_leftover(&mut self, failure: &Failure) {
         self.tell(Notice::Leftover(format!("{failure}: {}", failure.source)));
     }
 }
@@ -184,6 +186,13 @@ impl Taken {
         if self.settles.take_if(|at| *at <= shared.now).is_some() {
             shared.actions.push_back(Action::Restore);
         }
+        self.advance(shared)
+    }
+
+    pub(super) fn advance(self, shared: &mut Shared) -> State {
+        if self.settles.is_none() {
+            shared.disarm_when_whole();
+        }
         self.end_if_due(shared)
     }
 
@@ -194,7 +203,7 @@ impl Taken {
     }
 
     fn end_if_due(self, shared: &mut Shared) -> State {
-        if self.settles.is_none() && self.source == Knows::Yes {
+        if self.settles.is_none() && self.source == Knows::Yes && shared.fetch.is_over() {
             return shared.finish(Outcome::Moved);
         }
         State::Taken(self)
@@ -203,6 +212,10 @@ impl Taken {
     /// Once the guest runs here, nothing can end that; what happens to it is its own affair.
     pub(super) fn trouble(self, shared: &mut Shared, reason: &Reason) -> State {
         match reason {
+            Reason::TargetGone { .. } if !shared.fetch.is_over() => {
+                shared.send(reason.abort());
+                return shared.in_doubt(reason.clone());
+            }
             Reason::TargetGone { .. } => shared.tell(Notice::Leftover(reason.to_string())),
             Reason::Failed(failure) => shared.tell_leftover(failure),
             _ => {}

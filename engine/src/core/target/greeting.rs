@@ -9,12 +9,13 @@ use crate::core::layout::{Layout, Region};
 use crate::core::message::{Action, GuestLeft, Outcome, Phase, Reason, Record};
 
 /// What a target is able to take. [`Features::NEAR`] is not in a hello that comes here unless the
-/// source's RAM is at hand.
+/// source's RAM is at hand, nor [`Features::POSTCOPY`] unless the VMM can wait for pages.
 const FEATURES: Features = Features::LZ4
     .union(Features::ZSTD)
     .union(Features::DELTA)
     .union(Features::NEAR)
-    .union(Features::AHEAD);
+    .union(Features::AHEAD)
+    .union(Features::POSTCOPY);
 
 impl Shared {
     pub(super) fn greet(&mut self, hello: Hello) -> State {

@@ -16,6 +16,7 @@ mod ahead;
 #[cfg(test)]
 mod bench;
 mod ending;
+mod fetching;
 mod greeting;
 #[cfg(test)]
 mod lane_tests;
@@ -31,6 +32,7 @@ use std::time::Duration;
 use ferry_stream::message::{Features, LaneId, Message, Run, SessionId};
 
 use self::ending::{Parting, Refusing, Returning, Taken, Taking};
+use self::fetching::{Arming, Fetch};
 use self::lanes::Lanes;
 use self::receiving::{Mismatches, Preparing, Receiving};
 use crate::core::message::{
@@ -96,6 +98,7 @@ enum State {
     Waiting,
     Preparing(Preparing),
     Receiving(Receiving),
+    Arming(Arming),
     /// Since RAM was complete.
     Loading(Moment),
     Offered,
@@ -117,6 +120,7 @@ struct Shared {
     features: Features,
     lanes: Lanes,
     mismatches: Mismatches,
+    fetch: Fetch,
     /// For which pages room was ordered ahead; none before the first hint, and after the first round.
     hinted: Option<PageSet>,
     actions: VecDeque<Action>,
@@ -145,6 +149,7 @@ impl Target {
             features: Features::NONE,
             lanes: Lanes::default(),
             mismatches: Mismatches::default(),
+            fetch: Fetch::default(),
             hinted: None,
             actions: VecDeque::new(),
             journaling: VecDeque::new(),
@@ -259,7 +264,7 @@ impl State {
             Self::Waiting => Phase::Waiting,
             Self::Preparing(_) => Phase::Preparing,
             Self::Receiving(_) => Phase::Receiving,
-            Self::Loading(_) => Phase::Loading,
+            Self::Arming(_) | Self::Loading(_) => Phase::Loading,
             Self::Offered => Phase::Offered,
             Self::Taking(_) | Self::Resuming(_) => Phase::Taking,
             Self::Taken(_) => Phase::Taken,
@@ -273,7 +278,7 @@ impl State {
     fn trouble(self, shared: &mut Shared, reason: Reason) -> Self {
         match self {
             Self::Waiting => shared.turn_away(reason),
-            Self::Preparing(_) | Self::Receiving(_) | Self::Loading(_) => {
+            Self::Preparing(_) | Self::Receiving(_) | Self::Arming(_) | Self::Loading(_) => {
                 shared.refuse(reason, Parting::Done)
             }
             // A source that gives up has not said Go before.
@@ -330,6 +335,12 @@ impl Shared {
                 frames,
                 pages,
             } => self.lane_ended(state, lane, frames, pages),
+            Input::Whole => self.whole(state),
+            Input::Disarmed => self.disarmed(state),
+            Input::Failed(failure) if failure.step == Step::Disarm => {
+                self.tell_leftover(&failure);
+                self.disarmed(state)
+            }
             Input::LanesSeen(looked) => self.lanes_seen(state, &looked),
             Input::Journaled(record) => {
                 if self.journaling.front() == Some(&record) {
@@ -353,6 +364,7 @@ impl Shared {
             (State::Waiting, Input::Received(Message::Hello(hello))) => self.greet(hello),
             (State::Preparing(preparing), input) => preparing.handle(self, input),
             (State::Receiving(receiving), input) => receiving.handle(self, input),
+            (State::Arming(arming), input) => arming.handle(self, &input),
             (State::Loading(since), Input::Loaded) => self.offer(since),
             (State::Offered, Input::Received(Message::Go { run })) => self.take(run),
             (State::Taking(taking), Input::Journaled(Record::Taken)) => taking.taken(self),

@@ -38,11 +38,11 @@ pub(super) struct Receiving {
 }
 
 #[derive(Clone, Copy)]
-struct Complete {
+pub(super) struct Complete {
     round: Round,
     pages: u64,
-    state_bytes: u64,
-    state_crc: u32,
+    pub(super) state_bytes: u64,
+    pub(super) state_crc: u32,
 }
 
 impl Receiving {
@@ -70,6 +70,9 @@ impl Receiving {
                     state_bytes,
                     state_crc,
                 });
+            }
+            Input::Received(Message::Absent(absence)) if self.complete.is_none() => {
+                return shared.absent(self, &absence);
             }
             Input::Received(Message::Paused) => {}
             Input::Loaded => {
@@ -114,9 +117,7 @@ impl Receiving {
             };
             return shared.refuse(reason, Parting::Done);
         }
-        let (bytes, crc) = (complete.state_bytes, complete.state_crc);
-        shared.actions.push_back(Action::ReleaseLoad { bytes, crc });
-        State::Loading(shared.now)
+        shared.arm_or_load(complete)
     }
 }
 
@@ -173,7 +174,7 @@ impl Shared {
                 receiving.void();
                 self.lanes.fence(lane)
             }
-            State::Loading(_) | State::Offered => self.lanes.fence_late(lane),
+            State::Arming(_) | State::Loading(_) | State::Offered => self.lanes.fence_late(lane),
             _ => return self.unexpected(state, &Input::Received(Message::Fence(lane))),
         };
         match found {

@@ -36,6 +36,8 @@ pub enum Command {
         /// The limit, in milliseconds; at most [`MAX_DOWNTIME_MS`].
         ms: u64,
     },
+    /// Hand the guest over now, before its pages. Answered when that has begun.
+    Postcopy,
     /// Give up; the guest stays. Answered when that has begun.
     Abort,
 }

@@ -19,6 +19,7 @@ use super::protocol::{
 };
 use crate::core::message::Phase;
 use crate::core::meter::Progress;
+use crate::core::postcopy::Way;
 use crate::job::Steering;
 use crate::pacer::Bandwidth;
 
@@ -188,6 +189,7 @@ impl Desk {
             },
             Command::SetSpeed { limit } => self.set_speed(limit).await,
             Command::SetMaxDowntime { ms } => self.set_max_downtime(ms).await,
+            Command::Postcopy => self.postcopy().await,
             Command::Abort => self.abort().await,
         }
     }
@@ -234,6 +236,31 @@ impl Desk {
         let limit = Duration::from_millis(ms);
         self.steered.steering.set_downtime_limit(limit);
         self.see(|now| now.downtime_limit == limit).await
+    }
+
+    async fn postcopy(&self) -> Answer {
+        let _order = self.orders.lock().await;
+        let (way, phase) = {
+            let now = self.steered.progress.borrow();
+            (now.postcopy, now.phase)
+        };
+        match way {
+            Way::Closed => {
+                let reason =
+                    "post-copy was not allowed with --postcopy, or the target cannot do it";
+                refused(RefusalCode::Invalid, reason.to_owned())
+            }
+            Way::Open if !matches!(phase, Phase::Preparing | Phase::Copying) => {
+                let reason = format!("it is too late for post-copy: the migration is {phase}");
+                refused(RefusalCode::TooLate, reason)
+            }
+            Way::Open => {
+                self.steered.steering.start_postcopy();
+                self.see(|now| now.postcopy != Way::Open).await
+            }
+            // It is what is being done.
+            Way::Due | Way::Taken | Way::Whole => Answer::Done,
+        }
     }
 
     async fn abort(&self) -> Answer {

@@ -20,6 +20,7 @@ use super::*;
 use crate::core::encoding::EncodingTotals;
 use crate::core::message::{Command as Order, Phase};
 use crate::core::meter::Progress;
+use crate::core::postcopy::Way;
 use crate::job::Steering;
 use crate::pacer::{Bandwidth, Pacer};
 
@@ -223,6 +224,7 @@ fn look(phase: Phase) -> Progress {
         downtime_limit: Duration::from_millis(100),
         encoding: EncodingTotals::default(),
         given_away: false,
+        postcopy: Way::Closed,
     }
 }
 
