@@ -12,12 +12,14 @@
 //! | [`maps`] | its mappings, parsed |
 //! | [`ram_file`], [`mapping`] | the file behind its guest RAM, opened through its own descriptors |
 //! | [`tracker`], [`shared_ram`] | the two put together as [`Tracker`](crate::vmm::Tracker) and [`Ram`](crate::vmm::Ram) |
+//! | [`faults`] | pages that the process waits for, as [`Faults`](crate::vmm::Faults) |
 //! | [`passing`] | descriptors that go from process to process |
 //! | [`priority`] | threads that give way to all others |
 //! | [`socket`] | how much of what was written to a socket is still queued |
 //! | [`preflight`] | whether any of it will work, and what to do if not |
 
 pub mod error;
+pub mod faults;
 mod holes;
 pub mod inject;
 pub mod mapping;
@@ -29,6 +31,7 @@ pub mod pidfd;
 pub mod preflight;
 pub mod priority;
 pub mod ram_file;
+mod remote_uffd;
 pub mod shared_ram;
 pub mod socket;
 pub mod tracker;
@@ -36,6 +39,7 @@ pub mod uffd;
 pub(crate) mod window_view;
 
 pub use error::Error;
+pub use faults::{FaultRange, RamFaults};
 pub use pidfd::{Process, ProcessId, RemoteFd};
 pub use ram_file::{Access, RamFile};
 pub use shared_ram::{RamPart, SharedRam};

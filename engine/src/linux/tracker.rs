@@ -11,7 +11,6 @@
 //! that share the memory, and of devices into pages that were pinned before they were protected. The
 //! VMM's adapter must refuse or drain these.
 
-use std::io::ErrorKind;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -20,13 +19,11 @@ use std::thread;
 use super::holes::{BLOCK_BYTES, Holes};
 use super::maps::Mapping;
 use super::pagemap::Pagemap;
+use super::remote_uffd::{RemoteUffd, close_leftovers};
 use super::uffd::{Features, Mode, RangeIoctls, Uffd};
-use super::{Access, Error, Process, RamFile, RemoteFd, inject, maps};
+use super::{Access, Error, Process, RamFile, maps};
 use crate::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
 use crate::vmm::{Begun, Found, Fresh, Rearm, Tracker, VmmError};
-
-/// What the kernel calls a userfaultfd under `/proc/PID/fd`.
-const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
 
 /// What is looked at, or protected, before it is told that nothing more comes of it: at most about a
 /// millisecond's work.
@@ -300,7 +297,7 @@ impl Watch {
     fn new(process: Arc<Process>, ranges: &[TrackedRange]) -> Result<Self, Error> {
         let pagemap = Arc::new(Pagemap::open(&process)?);
         let mut remote = RemoteUffd::new(Arc::clone(&process))?;
-        let uffd = Uffd::from_fd(process.take_fd(remote.fd)?);
+        let uffd = Uffd::from_fd(process.take_fd(remote.fd())?);
         // Its calls act on the memory that it was made in, whoever makes them: ours is enough.
         remote.close()?;
         let mappings = maps::runs(maps::of_process(&process)?);
@@ -430,79 +427,4 @@ fn in_parallel<I: Sync, T: Send, E>(
             .into_iter()
             .try_for_each(|(item, outcome)| done(item, outcome))
     })
-}
-
-/// Closes what an engine that died has left in the process: it would keep us from tracking.
-///
-/// No other user of userfaultfd agrees on these very features for a VMM. Should an engine be alive
-/// and at work on this guest, its own duplicate keeps its watch, and ours is refused.
-fn close_leftovers(process: &Process) -> Result<(), Error> {
-    for fd in process.fds()? {
-        // Descriptors come and go while we look.
-        let is_userfaultfd = process
-            .fd_link(fd)
-            .is_ok_and(|link| link == USERFAULTFD_LINK);
-        if !is_userfaultfd {
-            continue;
-        }
-        let info = process.read_proc(&format!("fdinfo/{}", fd.0))?;
-        let features = Uffd::features_in_fdinfo(&String::from_utf8_lossy(&info));
-        if features.is_some_and(|features| features.contains(Features::TRACK_WRITES)) {
-            tracing::warn!(pid = %process.pid(), %fd, "closing what an earlier migration left");
-            inject::close(process, fd)?;
-        }
-    }
-    Ok(())
-}
-
-/// A userfaultfd that the process made for us and does not know of. Dropping it closes it there.
-#[derive(Debug)]
-struct RemoteUffd {
-    process: Arc<Process>,
-    fd: RemoteFd,
-    open: bool,
-}
-
-impl RemoteUffd {
-    fn new(process: Arc<Process>) -> Result<Self, Error> {
-        let fd = inject::userfaultfd(&process)?;
-        Ok(Self {
-            process,
-            fd,
-            open: true,
-        })
-    }
-
-    /// Closes it in the process. A process that has ended has closed it itself.
-    fn close(&mut self) -> Result<(), Error> {
-        if !self.open {
-            return Ok(());
-        }
-        match self.close_in_process() {
-            Err(Error::Gone { .. }) => {}
-            outcome => outcome?,
-        }
-        self.open = false;
-        Ok(())
-    }
-
-    fn close_in_process(&self) -> Result<(), Error> {
-        let pid = self.process.pid();
-        // Nobody else knows this descriptor. But to close one of the guest's disks is not to be undone.
-        match self.process.fd_link(self.fd) {
-            Ok(link) if link == USERFAULTFD_LINK => inject::close(&self.process, self.fd),
-            Ok(_) => Err(Error::ForeignFd { pid, fd: self.fd }),
-            Err(Error::Call { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-impl Drop for RemoteUffd {
-    fn drop(&mut self) {
-        if let Err(error) = self.close() {
-            tracing::warn!(pid = %self.process.pid(), fd = %self.fd, %error,
-                "a userfaultfd was left open in a process");
-        }
-    }
 }

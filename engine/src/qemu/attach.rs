@@ -20,7 +20,7 @@ use super::settings::{Settings, Side};
 use super::state::QemuState;
 use crate::core::layout::Layout;
 use crate::linux::{Access, Process};
-use crate::vmm::{Stopped, Vm, VmmError};
+use crate::vmm::{Faults, Ram as _, Stopped, Vm, VmmError};
 
 /// How to attach.
 #[derive(Clone, Debug)]
@@ -150,12 +150,19 @@ impl Qemu {
             Side::Target => Access::ReadWrite,
         };
         let (ram, tracker) = self.survey.open(&self.inner.process, access)?;
+        let faults: Option<Box<dyn Faults>> = match side {
+            Side::Source => None,
+            Side::Target => {
+                let faults = self.survey.faults(&self.inner.process, ram.layout())?;
+                Some(Box::new(faults))
+            }
+        };
         Ok(Vm {
             ram: Arc::new(ram),
             tracker: Box::new(tracker),
             guest: Box::new(QemuGuest::new(Arc::clone(&self.inner))),
             state: Box::new(QemuState::new(Arc::clone(&self.inner))),
-            faults: None,
+            faults,
         })
     }
 

@@ -18,7 +18,9 @@ use super::flatview::{self, Placed};
 use super::monitor::Monitor;
 use crate::core::layout::{Layout, Region};
 use crate::linux::maps::{self, Mapping};
-use crate::linux::{Access, Process, RamFile, RamPart, RamTracker, SharedRam, TrackedRange};
+use crate::linux::{
+    Access, FaultRange, Process, RamFaults, RamFile, RamPart, RamTracker, SharedRam, TrackedRange,
+};
 use crate::vmm::{Ram, VmmError};
 
 /// The one type of back end that can be migrated.
@@ -156,6 +158,26 @@ impl Survey {
             .collect();
         let tracker = RamTracker::new(Arc::clone(process), tracked);
         Ok((ram, tracker))
+    }
+
+    /// Makes ready to have the memory waited for, at a target.
+    pub(super) fn faults(
+        &self,
+        process: &Arc<Process>,
+        layout: &Layout,
+    ) -> Result<RamFaults, VmmError> {
+        let mut ranges = Vec::new();
+        for (region, named) in layout.iter() {
+            let found = self.regions.iter().find(|it| it.region.name == named.name);
+            let Some(found) = found else { continue };
+            ranges.push(FaultRange {
+                region,
+                addresses: found.addresses.clone(),
+                file: RamFile::open(process, &found.mapping, Access::ReadWrite)?,
+                file_start: found.file_bytes().start,
+            });
+        }
+        Ok(RamFaults::new(Arc::clone(process), ranges))
     }
 
     /// Whose RAM a target's is besides: it is about to be cleared.

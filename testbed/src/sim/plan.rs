@@ -7,9 +7,7 @@ use std::time::Duration;
 use ferry_engine::core::converge::{Converge, DowntimeLimit, Verdict, View};
 use ferry_engine::core::growth::Room;
 use ferry_engine::core::message::{Command, Phase};
-use ferry_engine::core::source::{
-    AtTimeout, LanePlan, Postcopy, SourceConfig, SourceLimits,
-};
+use ferry_engine::core::source::{AtTimeout, LanePlan, Postcopy, SourceConfig, SourceLimits};
 use ferry_engine::core::target::{TargetConfig, TargetLimits};
 use ferry_engine::vmm::RunState;
 use ferry_stream::message::{Features, Mode, SessionId};

@@ -4,6 +4,7 @@
 //! special about it.
 
 mod pair;
+mod postcopy;
 
 mod ahead;
 mod caches;

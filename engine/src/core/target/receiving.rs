@@ -104,7 +104,7 @@ impl Receiving {
         let Some(complete) = self.complete.filter(|complete| complete.round <= done) else {
             return State::Receiving(self);
         };
-        if shared.mismatches.latest >= complete.round {
+        if shared.mismatches.count > 0 && shared.mismatches.latest >= complete.round {
             let what = "a last round in which a delta does not fit";
             let phase = Phase::Receiving;
             return shared.refuse(Reason::Protocol { what, phase }, Parting::Done);
