@@ -336,8 +336,9 @@ impl Meter {
     }
 
     /// The guest is handed over without so many pages.
-    pub(crate) fn handed_over_without(&mut self, pages: u64) {
+    pub(crate) fn handed_over_without(&mut self, now: Moment, pages: u64) {
         self.missing = Some(pages);
+        self.first_page.get_or_insert(now);
         if pages == 0 {
             self.whole = Some(Moment::default());
         }

@@ -1,8 +1,21 @@
 //! Post-copy: the guest runs at the target before its pages are there.
 
-use ferry_testbed::{Linux, Machine, QemuVersion, Turn};
+use ferry_testbed::{Ferry, Linux, Machine, QemuVersion, Turn};
+use serde_json::Value;
 
-use crate::pair::{Pair, small};
+use crate::pair::{BOUND, Moved, Pair, SLOW, small};
+
+fn figure(of: &Value, name: &str) -> f64 {
+    let value = of[name].as_f64();
+    value.unwrap_or_else(|| panic!("{name}: {of}"))
+}
+
+/// What came after the guest.
+fn followed(moved: &Moved) -> &Value {
+    let postcopy = &moved.json["postcopy"];
+    assert!(figure(postcopy, "last_page_ms") > 0.0, "{postcopy}");
+    postcopy
+}
 
 #[test]
 fn at_once() {
@@ -11,8 +24,99 @@ fn at_once() {
         let machine = small(version);
         let pair = Pair::boot(&machine);
         let moved = pair.begin(&["--live", "--postcopy-now"]).moved();
-        let postcopy = &moved.json["postcopy"];
-        assert!(postcopy["pages_missing"].as_u64() > Some(10_000), "{postcopy}");
-        assert!(postcopy["last_page_ms"].as_f64() > Some(0.0), "{postcopy}");
+        let postcopy = followed(&moved);
+        assert!(figure(postcopy, "pages_missing") > 10_000.0, "{postcopy}");
+        assert!(figure(postcopy, "pages_asked") > 0.0, "{postcopy}");
+        assert_eq!(moved.json["rounds"].as_array().unwrap().len(), 0);
+    }
+}
+
+#[test]
+fn after_one_round() {
+    let _turn = Turn::take().unwrap();
+    let machine = small(QemuVersion::V10_0);
+    let pair = Pair::boot(&machine);
+    let moved = pair
+        .begin(&["--live", "--postcopy-after-precopy", "--bandwidth=64"])
+        .moved();
+    let postcopy = followed(&moved);
+    assert_eq!(moved.json["rounds"].as_array().unwrap().len(), 1);
+    // What was written during the round, and not what it brought.
+    let missing = figure(postcopy, "pages_missing");
+    let told = figure(&moved.json["rounds"][0], "pages");
+    assert!(missing > 100.0 && missing < told, "{}", moved.json);
+}
+
+#[test]
+fn ordered_in_the_first_round() {
+    let _turn = Turn::take().unwrap();
+    let machine = small(QemuVersion::V10_0);
+    let pair = Pair::boot(&machine);
+    let under_way = pair.begin(&["--live", "--postcopy", SLOW]);
+    under_way.wait_for_percent(20);
+    let state = Ferry::state_folder(&pair.source);
+    let ordered = Ferry::run(&state, &["postcopy"], BOUND).unwrap();
+    assert_eq!(ordered.code(), 0, "{ordered:?}");
+    let moved = under_way.moved();
+    let postcopy = followed(&moved);
+    let round = &moved.json["rounds"][0];
+    assert!(figure(round, "pages") > 1000.0, "{}", moved.json);
+    assert!(
+        figure(postcopy, "pages_missing") > 10_000.0,
+        "{}",
+        moved.json
+    );
+}
+
+#[test]
+fn when_copying_cannot_keep_up() {
+    let _turn = Turn::take().unwrap();
+    let linux = Linux::filling_mib(64).writing_pages_per_s(20_000);
+    let machine = Machine::new(QemuVersion::V10_0, 256).linux(linux);
+    let pair = Pair::boot(&machine);
+    let moved = pair
+        .begin(&[
+            "--live",
+            "--postcopy",
+            "--bandwidth=32",
+            "--max-downtime=20",
+        ])
+        .moved();
+    followed(&moved);
+    assert!(moved.told.contains("handed over now"), "{}", moved.told);
+}
+
+#[test]
+fn when_time_is_up() {
+    let _turn = Turn::take().unwrap();
+    let machine = small(QemuVersion::V10_0);
+    let pair = Pair::boot(&machine);
+    let moved = pair
+        .begin(&["--live", "--timeout=1", "--timeout-postcopy", SLOW])
+        .moved();
+    let postcopy = followed(&moved);
+    assert!(figure(postcopy, "pages_missing") > 1000.0, "{}", moved.json);
+}
+
+/// Nothing is missing: it is a move like any other.
+#[test]
+fn allowed_and_not_needed() {
+    let _turn = Turn::take().unwrap();
+    let machine = small(QemuVersion::V10_0);
+    let pair = Pair::boot(&machine);
+    let moved = pair.begin(&["--live", "--postcopy"]).moved();
+    assert_eq!(moved.json["postcopy"], Value::Null);
+}
+
+#[test]
+fn there_and_back() {
+    let _turn = Turn::take().unwrap();
+    let linux = Linux::filling_mib(64).writing_pages_per_s(5000);
+    let machine = Machine::new(QemuVersion::V10_0, 256).linux(linux);
+    let mut pair = Pair::boot(&machine);
+    for _ in 0..3 {
+        let moved = pair.begin(&["--live", "--postcopy-now"]).moved();
+        followed(&moved);
+        pair = pair.onwards(&machine);
     }
 }

@@ -172,7 +172,7 @@ impl Shared {
             self.send(Message::Absent(absence));
         }
         self.say_complete(self.pages_told, saved);
-        self.meter.handed_over_without(missing.len());
+        self.meter.handed_over_without(now, missing.len());
         // The guest wrote there last, and will again.
         let first = if self.copies_nothing() {
             self.blank_set()
