@@ -58,7 +58,8 @@ pub(crate) struct What {
     /// Only these cases
     #[arg(long = "case", value_name = "NAME", value_delimiter = ',')]
     cases: Vec<String>,
-    /// Only these ways: ferry[:LANES], precopy, multifd:CHANNELS[:zstd], switchover
+    /// Only these ways: ferry[:LANES], ferry:postcopy, ferry:hybrid, precopy, postcopy, hybrid,
+    /// multifd:CHANNELS[:zstd], switchover
     #[arg(long, value_delimiter = ',')]
     peers: Option<Vec<Peer>>,
     /// Moves by each way; 5 without, 2 with --quick

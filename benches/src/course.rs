@@ -91,7 +91,7 @@ impl Course {
         self.guest.wait_for_arrival(target, arrived)?;
         let later = [Account::of(&self.here)?, Account::of(target)?];
         let wire_bytes = self.link.carried_bytes()?.saturating_sub(bytes);
-        let seen = watch.finish(peer, &gone.began, qemus)?;
+        let seen = watch.finish(peer, &gone.began, gone.last_page(), qemus)?;
         let engines = [&gone.engine, &receive];
         let [source, target] = [0, 1].map(|side| {
             let engine = engines[side].as_ref();

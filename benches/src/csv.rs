@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::figures::{Figures, GuestFigures, Move};
 
-const HEADING: &str = "case,peer,memory,run,total_ms,blackout_ms,clock_error_ms,wire_bytes,\
+const HEADING: &str = "case,peer,memory,run,total_ms,last_page_ms,blackout_ms,clock_error_ms,wire_bytes,\
     source_cpu_s,source_guest_cpu_s,target_cpu_s,target_guest_cpu_s,source_peak_kib,\
     target_peak_kib,stall_ms,brownout_ms,lost_s,resolution_ms,bad";
 
@@ -26,6 +26,7 @@ pub fn of(figures: &Figures) -> String {
 fn add_move(text: &mut String, run: &Move) {
     let Move {
         total_ms,
+        last_page_ms,
         blackout_ms,
         clock_error_ms,
         wire_bytes,
@@ -38,6 +39,7 @@ fn add_move(text: &mut String, run: &Move) {
         let figures = guest.as_ref();
         figures.map_or_else(String::new, |it| format!("{:.4}", of(it)))
     };
+    let last_page = last_page_ms.map_or_else(String::new, |ms| format!("{ms:.3}"));
     let peak = |of: fn(&crate::figures::EngineFigures) -> u64| {
         engine
             .as_ref()
@@ -45,7 +47,7 @@ fn add_move(text: &mut String, run: &Move) {
     };
     _ = write!(
         text,
-        "{total_ms:.3},{blackout_ms:.3},{clock_error_ms:.3},{wire_bytes},{:.4},{:.4},{:.4},{:.4},{},{},",
+        "{total_ms:.3},{last_page},{blackout_ms:.3},{clock_error_ms:.3},{wire_bytes},{:.4},{:.4},{:.4},{:.4},{},{},",
         source.migration_s,
         source.guest_s,
         target.migration_s,

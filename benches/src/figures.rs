@@ -24,6 +24,10 @@ const CURVE_LEAD: Duration = Duration::from_millis(200);
 pub struct Move {
     /// From the client's start to the first progress at the target, in ms.
     pub total_ms: f64,
+    /// From the client's start to the last page at the target, in ms, where pages come after the guest: by
+    /// QEMU's event, or by Ferry's account, for no counter shows it.
+    #[serde(default)]
+    pub last_page_ms: Option<f64>,
     /// From the last progress at the source to the first at the target, in ms.
     pub blackout_ms: f64,
     /// By how much the two may be wrong because two hosts have two clocks, in ms.
@@ -59,6 +63,11 @@ pub struct GuestFigures {
 }
 
 impl Move {
+    /// To the end of the move: the guest's first progress at the target, or its last page.
+    pub fn to_the_end_ms(&self) -> f64 {
+        self.last_page_ms.unwrap_or(0.0).max(self.total_ms)
+    }
+
     /// A figure of the guest's; not a number where it has none to tell.
     pub fn of_guest(&self, of: impl FnOnce(&GuestFigures) -> f64) -> f64 {
         self.guest.as_ref().map_or(f64::NAN, of)

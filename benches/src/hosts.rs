@@ -263,7 +263,7 @@ impl Pair {
         let seen = probe.map(Probe::finish).transpose()?;
         let times = if let Some(seen) = seen {
             let seen = self.seen_by_both(&seen, &arrival, offset);
-            counted(peer, &seen, &gone.began)?
+            counted(peer, &seen, &gone.began, gone.last_page())?
         } else {
             let resumed = shifted(arrival.resumed, offset.wall_s);
             between_events(last_event(source, "STOP")?, resumed, &gone.began)?

@@ -267,7 +267,7 @@ impl<'a> Measuring<'a> {
                 eprintln!(
                     "  {:<22} total {:>8.0} ms, blackout {:>7.1} ms, {:>6.0} MiB",
                     series.label(),
-                    moved.total_ms,
+                    moved.to_the_end_ms(),
                     moved.blackout_ms,
                     mib(moved.wire_bytes),
                 );

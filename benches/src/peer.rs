@@ -26,6 +26,14 @@ pub enum Peer {
         /// How many.
         lanes: u8,
     },
+    /// Ours, the guest handed over at once, its pages after it; within a host as from one to another.
+    FerryPostcopy,
+    /// Ours, handed over after one round.
+    FerryHybrid,
+    /// QEMU's post-copy, with a channel of its own for faults, begun at once.
+    Postcopy,
+    /// The same, begun after QEMU's first round.
+    Hybrid,
     /// QEMU's precopy over one connection.
     Precopy,
     /// QEMU's precopy over several.
@@ -67,12 +75,36 @@ impl Peer {
 
     /// Whether it is QEMU's own way, with which Ferry is compared.
     pub fn is_qemu(self) -> bool {
-        matches!(self, Self::Precopy | Self::Multifd { .. })
+        matches!(self, Self::Precopy | Self::Multifd { .. }) || self.is_qemu_postcopy()
+    }
+
+    /// Whether it is QEMU's own, with pages after the guest.
+    pub fn is_qemu_postcopy(self) -> bool {
+        matches!(self, Self::Postcopy | Self::Hybrid)
+    }
+
+    /// Whether pages come after the guest.
+    pub fn is_postcopy(self) -> bool {
+        self.is_qemu_postcopy() || matches!(self, Self::FerryPostcopy | Self::FerryHybrid)
+    }
+
+    /// All whose pages come after the guest, for the cases that compare those.
+    pub fn followers() -> Vec<Self> {
+        vec![
+            Self::FerryPostcopy,
+            Self::FerryHybrid,
+            Self::Postcopy,
+            Self::Hybrid,
+            Self::Precopy,
+        ]
     }
 
     /// Whether it is Ferry.
     pub fn is_ferry(self) -> bool {
-        matches!(self, Self::Ferry | Self::FerryOver { .. })
+        matches!(
+            self,
+            Self::Ferry | Self::FerryOver { .. } | Self::FerryPostcopy | Self::FerryHybrid
+        )
     }
 
     /// The kinds of memory that it is measured with.
@@ -90,6 +122,10 @@ impl fmt::Display for Peer {
         match self {
             Self::Ferry => f.write_str("ferry"),
             Self::FerryOver { lanes } => write!(f, "ferry:{lanes}"),
+            Self::FerryPostcopy => f.write_str("ferry:postcopy"),
+            Self::FerryHybrid => f.write_str("ferry:hybrid"),
+            Self::Postcopy => f.write_str("postcopy"),
+            Self::Hybrid => f.write_str("hybrid"),
             Self::Precopy => f.write_str("precopy"),
             Self::Multifd {
                 channels,
@@ -122,7 +158,8 @@ pub struct UnknownPeer;
 impl fmt::Display for UnknownPeer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(
-            "a way to move is ferry[:LANES], precopy, multifd:CHANNELS[:zstd] or switchover",
+            "a way to move is ferry[:LANES], ferry:postcopy, ferry:hybrid, precopy, postcopy, hybrid, \
+             multifd:CHANNELS[:zstd] or switchover",
         )
     }
 }
@@ -140,6 +177,10 @@ impl FromStr for Peer {
         let words: Vec<&str> = text.split(':').collect();
         match words[..] {
             ["ferry"] => Ok(Self::Ferry),
+            ["ferry", "postcopy"] => Ok(Self::FerryPostcopy),
+            ["ferry", "hybrid"] => Ok(Self::FerryHybrid),
+            ["postcopy"] => Ok(Self::Postcopy),
+            ["hybrid"] => Ok(Self::Hybrid),
             ["ferry", lanes] => Ok(Self::FerryOver {
                 lanes: count(lanes)?,
             }),

@@ -15,7 +15,7 @@ const COLUMNS: [Column; 7] = [
     Column {
         name: "total ms",
         digits: 0,
-        of: |run| run.total_ms,
+        of: Move::to_the_end_ms,
     },
     Column {
         name: "blackout ms",

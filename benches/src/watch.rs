@@ -44,10 +44,11 @@ impl Watch {
         self,
         peer: Peer,
         began: &Began,
+        last_page: Option<LastPage>,
         [source, target]: [&Qemu; 2],
     ) -> Result<Move, TestbedError> {
         match self {
-            Self::Counter(probe) => counted(peer, &probe.finish()?, began),
+            Self::Counter(probe) => counted(peer, &probe.finish()?, began, last_page),
             Self::Events => {
                 let stopped = last_event(source, "STOP")?;
                 let resumed = last_event(target, "RESUME")?;
@@ -57,8 +58,22 @@ impl Watch {
     }
 }
 
+/// When the last page came that followed a guest.
+#[derive(Clone, Copy, Debug)]
+pub enum LastPage {
+    /// So long after the client's start.
+    SinceStart(Duration),
+    /// So long after the guest ran at the target.
+    AfterGuest(Duration),
+}
+
 /// By the guest's counter.
-pub fn counted(peer: Peer, seen: &Seen, began: &Began) -> Result<Move, TestbedError> {
+pub fn counted(
+    peer: Peer,
+    seen: &Seen,
+    began: &Began,
+    last_page: Option<LastPage>,
+) -> Result<Move, TestbedError> {
     let began = began.at.saturating_duration_since(seen.started);
     let (blackout, moved_at) = if peer == Peer::Switchover {
         // One memory, one counter: the guest stands still once for long.
@@ -71,10 +86,15 @@ pub fn counted(peer: Peer, seen: &Seen, began: &Began) -> Result<Move, TestbedEr
             .ok_or_else(|| failed(&peer.to_string(), "the guest never went on"))?;
         (seen.blackout, moved_at)
     };
-    let end = moved_at + AFTERMATH;
+    let last_page = last_page.map(|last| match last {
+        LastPage::SinceStart(span) => began + span,
+        LastPage::AfterGuest(span) => moved_at + span,
+    });
+    let end = last_page.map_or(moved_at, |last| last.max(moved_at)) + AFTERMATH;
     Ok(Move {
         total_ms: ms(moved_at.saturating_sub(began)),
         blackout_ms: ms(blackout),
+        last_page_ms: last_page.map(|last| ms(last.saturating_sub(began))),
         guest: Some(GuestFigures {
             stall_ms: ms(seen.longest_stall),
             brownout_ms: ms(seen.brownout),
@@ -107,8 +127,17 @@ pub fn between_events(
 
 /// When QEMU last told an event, since the epoch.
 pub fn last_event(qemu: &Qemu, name: &str) -> Result<Duration, TestbedError> {
+    last_event_where(qemu, name, |event| event["event"] == name)
+}
+
+/// When QEMU last told an event of a kind that `is_it` knows.
+pub fn last_event_where(
+    qemu: &Qemu,
+    name: &str,
+    is_it: impl Fn(&Value) -> bool,
+) -> Result<Duration, TestbedError> {
     let events = qemu.take_events()?;
-    let last = events.iter().rev().find(|event| event["event"] == name);
+    let last = events.iter().rev().find(|event| is_it(event));
     let when = |event: &Value| -> Option<Duration> {
         let stamp = &event["timestamp"];
         let seconds = Duration::from_secs(stamp["seconds"].as_u64()?);

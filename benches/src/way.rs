@@ -10,13 +10,17 @@ use serde_json::json;
 use crate::cost::{Engine, Used};
 use crate::guest::failed;
 use crate::peer::{Compression, Peer};
-use crate::watch::now_since_epoch;
+use crate::watch::{LastPage, last_event_where, now_since_epoch};
 
 /// How long one move may take.
 const BOUND: Duration = Duration::from_secs(300);
 
 /// What QEMU takes for an unlimited bandwidth: the largest that it accepts.
 const UNLIMITED_BYTES_PER_S: i64 = i64::MAX;
+
+/// Between two questions about whether a round is over: a guest that is to be handed over after it runs
+/// on until that is known.
+const ROUND_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Between two questions about QEMU's state: QEMU reads each question a byte at a time in the thread
 /// that also serves the guest, and the figures come from the probe.
@@ -120,6 +124,22 @@ pub struct Gone {
     pub began: Began,
     /// What Ferry's engine used.
     pub engine: Option<Used>,
+    /// When QEMU told that all is there, since the epoch, where pages came after the guest.
+    pub completed: Option<Duration>,
+}
+
+impl Gone {
+    /// When the last page came that followed the guest: by QEMU's event, or by Ferry's account.
+    pub fn last_page(&self) -> Option<LastPage> {
+        if let Some(completed) = self.completed {
+            let since_epoch = self.began.since_epoch();
+            return Some(LastPage::SinceStart(completed.saturating_sub(since_epoch)));
+        }
+        let told = self.engine.as_ref()?.ended.json();
+        let followed_ms = told["postcopy"]["last_page_ms"].as_f64()?;
+        let followed = Duration::from_secs_f64(followed_ms.max(0.0) / 1e3);
+        Some(LastPage::AfterGuest(followed))
+    }
 }
 
 /// A source and where it goes.
@@ -154,7 +174,7 @@ impl Departure<'_> {
         if peer.is_ferry() {
             self.go_by_ferry(peer, uri)
         } else {
-            self.go_by_qemu(uri)
+            self.go_by_qemu(peer, uri)
         }
     }
 
@@ -163,7 +183,7 @@ impl Departure<'_> {
         // A QEMU that ends takes CPU time away from the guest; QEMU's own migration leaves its own.
         let mut args = vec!["--live", "--insecure", "--keep-source"];
         args.extend(["--max-downtime", &limit_ms]);
-        let lanes = lanes(peer);
+        let lanes = options(peer);
         args.extend(lanes.iter().map(String::as_str));
         let began = Began::now();
         let migrate = self
@@ -176,19 +196,42 @@ impl Departure<'_> {
         Ok(Gone {
             began,
             engine: Some(used),
+            completed: None,
         })
     }
 
-    fn go_by_qemu(&self, uri: &str) -> Result<Gone, TestbedError> {
+    /// Has QEMU hand the guest over before its pages, as soon as it can, or after its first round.
+    fn hand_over(&self, peer: Peer) -> Result<(), TestbedError> {
+        wait_until("QEMU is ready for post-copy", BOUND, || {
+            let answer = self.source.execute("query-migrate", &json!({})).ok()?;
+            let rounds = answer["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
+            let is_due = answer["status"] == "active" && (peer == Peer::Postcopy || rounds > 1);
+            if !is_due {
+                thread::sleep(ROUND_INTERVAL);
+            }
+            is_due.then_some(())
+        })?;
+        self.source
+            .execute("migrate-start-postcopy", &json!({}))
+            .map(drop)
+    }
+
+    fn go_by_qemu(&self, peer: Peer, uri: &str) -> Result<Gone, TestbedError> {
+        self.source.take_events()?;
         let began = Began::now();
         let arguments = json!({ "uri": uri });
         self.source.execute("migrate", &arguments)?;
+        if peer.is_qemu_postcopy() {
+            self.hand_over(peer)?;
+        }
         loop {
             let answer = self.source.execute("query-migrate", &json!({}))?;
             if answer["status"] == "completed" {
+                let completed = peer.is_qemu_postcopy().then(|| completion(self.source));
                 return Ok(Gone {
                     began,
                     engine: None,
+                    completed: completed.transpose()?,
                 });
             }
             if answer["status"] == "failed" || began.at.elapsed() > BOUND {
@@ -200,10 +243,23 @@ impl Departure<'_> {
     }
 }
 
+/// When QEMU told that its migration was over.
+fn completion(source: &Qemu) -> Result<Duration, TestbedError> {
+    let is_end = |event: &serde_json::Value| {
+        event["event"] == "MIGRATION" && event["data"]["status"] == "completed"
+    };
+    last_event_where(source, "MIGRATION completed", is_end)
+}
+
 /// The options of `ferry migrate` that ask for so many connections, with pages on them: within a host
 /// none would carry any.
-fn lanes(peer: Peer) -> Vec<String> {
+fn options(peer: Peer) -> Vec<String> {
     match peer {
+        Peer::FerryPostcopy => vec!["--postcopy-now".into(), "--within-host=never".into()],
+        Peer::FerryHybrid => vec![
+            "--postcopy-after-precopy".into(),
+            "--within-host=never".into(),
+        ],
         Peer::FerryOver { lanes } => vec![
             "--parallel".into(),
             "--parallel-connections".into(),
@@ -221,6 +277,9 @@ fn prepare(peer: Peer, qemu: &Qemu) -> Result<(), TestbedError> {
     let capabilities = [
         capability("multifd", is_multifd),
         capability("x-ignore-shared", peer == Peer::Switchover),
+        capability("postcopy-ram", peer.is_qemu_postcopy()),
+        capability("postcopy-preempt", peer.is_qemu_postcopy()),
+        capability("events", true),
     ];
     let capabilities = json!({ "capabilities": capabilities });
     qemu.execute("migrate-set-capabilities", &capabilities)?;
