@@ -109,7 +109,10 @@ impl Peer {
 
     /// The kinds of memory that it is measured with.
     pub fn memories(self) -> &'static [Memory] {
-        if self.is_qemu() {
+        if self.is_qemu_postcopy() {
+            // Whoever looks for the guest's counter in private memory would fill pages that are missing.
+            &[Memory::SharedFile]
+        } else if self.is_qemu() {
             &[Memory::Private, Memory::SharedFile]
         } else {
             &[Memory::SharedFile]

@@ -13,7 +13,7 @@ use crate::peer::{Compression, Peer};
 use crate::watch::{LastPage, last_event_where, now_since_epoch};
 
 /// How long one move may take.
-const BOUND: Duration = Duration::from_secs(300);
+const BOUND: Duration = Duration::from_secs(30);
 
 /// What QEMU takes for an unlimited bandwidth: the largest that it accepts.
 const UNLIMITED_BYTES_PER_S: i64 = i64::MAX;
@@ -202,15 +202,22 @@ impl Departure<'_> {
 
     /// Has QEMU hand the guest over before its pages, as soon as it can, or after its first round.
     fn hand_over(&self, peer: Peer) -> Result<(), TestbedError> {
-        wait_until("QEMU is ready for post-copy", BOUND, || {
-            let answer = self.source.execute("query-migrate", &json!({})).ok()?;
+        let began = Instant::now();
+        loop {
+            let answer = self.source.execute("query-migrate", &json!({}))?;
             let rounds = answer["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
-            let is_due = answer["status"] == "active" && (peer == Peer::Postcopy || rounds > 1);
-            if !is_due {
-                thread::sleep(ROUND_INTERVAL);
+            if answer["status"] == "active" && (peer == Peer::Postcopy || rounds > 1) {
+                break;
             }
-            is_due.then_some(())
-        })?;
+            // It may be over before it could be handed over.
+            if answer["status"] == "completed" {
+                return Ok(());
+            }
+            if answer["status"] == "failed" || began.elapsed() > BOUND {
+                return Err(failed("QEMU's post-copy", &answer.to_string()));
+            }
+            thread::sleep(ROUND_INTERVAL);
+        }
         self.source
             .execute("migrate-start-postcopy", &json!({}))
             .map(drop)

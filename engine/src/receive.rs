@@ -214,6 +214,7 @@ impl Driver {
                     vm.state.load(&mut reader).map(|()| Input::Loaded)
                 });
             }
+            Action::Discard { pages } => self.discard(pages),
             Action::Arm { missing } => self.arm(missing),
             Action::Disarm => self.disarm(),
             Action::ReleaseLoad { bytes, crc } => self.release(bytes, crc),

@@ -440,12 +440,16 @@ pub struct Fault {
 
 /// Target: the pages that a guest runs without, since it was handed over before they came (post-copy).
 ///
-/// `prepare`, then `arm`, then `disarm`. A value that is dropped when it was armed and not disarmed
+/// `prepare`, perhaps `discard`, then `arm`, then `disarm`. A value that is dropped when it was armed and not disarmed
 /// leaves everything as it is: whoever waits for a page waits on, and is never given another one.
 pub trait Faults: Send {
     /// Gets ready, while nothing of the guest has been loaded. An error means that post-copy cannot be
     /// had here, and says what to do about it; nothing was changed then, and precopy works.
     fn prepare(&mut self) -> Result<(), VmmError>;
+
+    /// Makes `pages` hold nothing, whatever came of them before: ahead of `arm`, which then has less to
+    /// do. Called after `prepare`, when nobody writes these pages, with nothing of the guest loaded.
+    fn discard(&mut self, pages: &PageSet) -> Result<(), VmmError>;
 
     /// Makes `missing` hold nothing, whatever came of these pages before. From when it returns, an
     /// access to one of them blocks whoever makes it until the page is placed, and is told as a

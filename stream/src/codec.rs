@@ -42,6 +42,8 @@ impl Message {
             Self::Mismatch { .. } => Kind::Mismatch,
             Self::Ahead { .. } => Kind::Ahead,
             Self::Absent(_) => Kind::Absent,
+            Self::Discard => Kind::Discard,
+            Self::Discarded => Kind::Discarded,
             Self::Ping => Kind::Ping,
             Self::Inquire => Kind::Inquire,
             Self::Answer(_) => Kind::Answer,
@@ -122,7 +124,13 @@ impl Message {
                 out.put_u16_le(code.number());
                 put_text(out, &clean(text));
             }
-            Self::Prepared | Self::Paused | Self::Finished | Self::Ping | Self::Inquire => {}
+            Self::Prepared
+            | Self::Paused
+            | Self::Finished
+            | Self::Discard
+            | Self::Discarded
+            | Self::Ping
+            | Self::Inquire => {}
         }
         Ok(())
     }
@@ -172,6 +180,8 @@ impl Message {
             Self::Absent(absence) => check_absence(kind, absence),
             Self::Prepared
             | Self::Paused
+            | Self::Discard
+            | Self::Discarded
             | Self::Ready { .. }
             | Self::Go { .. }
             | Self::Running { .. }

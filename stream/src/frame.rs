@@ -77,6 +77,10 @@ pub enum Kind {
     Ahead = 21,
     /// [`Message::Absent`](crate::message::Message::Absent)
     Absent = 22,
+    /// [`Message::Discard`](crate::message::Message::Discard)
+    Discard = 23,
+    /// [`Message::Discarded`](crate::message::Message::Discarded)
+    Discarded = 24,
     /// Pages; see [`pages`](crate::pages).
     Pages = 64,
     /// The end of a round on a page lane.
@@ -93,7 +97,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 30] = [
         Self::Hello,
         Self::Welcome,
         Self::Prepared,
@@ -116,6 +120,8 @@ impl Kind {
         Self::Mismatch,
         Self::Ahead,
         Self::Absent,
+        Self::Discard,
+        Self::Discarded,
         Self::Pages,
         Self::RoundEnd,
         Self::Fault,
@@ -156,6 +162,8 @@ impl Kind {
             | Self::Finished
             | Self::Ping
             | Self::Inquire
+            | Self::Discard
+            | Self::Discarded
             | Self::Whole => 0,
             Self::Pages => PREFIX_BYTES + MAX_RECORDS * RECORD_BYTES + MAX_PAGE_DATA,
             Self::RoundEnd => PREFIX_BYTES,

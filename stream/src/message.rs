@@ -462,6 +462,11 @@ pub enum Message {
     /// that the guest is handed over without: whatever came of them is void, and they come on fetch
     /// lanes. Those that no such message tells of are in place.
     Absent(Absence),
+    /// S→T, with the guest running still. Discard what was told to be absent, so that it need not be done
+    /// while the guest stands.
+    Discard,
+    /// T→S, the answer. It is done.
+    Discarded,
     /// Either way. I am here; no answer is due.
     Ping,
     /// S→T, after a [`Purpose::Inquire`]. Who owns the guest?
@@ -499,6 +504,8 @@ impl Message {
             Self::Mismatch { .. } => "Mismatch",
             Self::Ahead { .. } => "Ahead",
             Self::Absent(_) => "Absent",
+            Self::Discard => "Discard",
+            Self::Discarded => "Discarded",
             Self::Ping => "Ping",
             Self::Inquire => "Inquire",
             Self::Answer(_) => "Answer",

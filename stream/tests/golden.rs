@@ -189,6 +189,8 @@ fn lanes_and_pages() -> Vec<(&'static str, Message)> {
             }),
         ),
         ("absent-map", Message::Absent(mapped())),
+        ("discard", Message::Discard),
+        ("discarded", Message::Discarded),
     ]
 }
 

@@ -263,6 +263,8 @@ pub enum Input {
     },
     /// Source: the target has every page. Target: every page is in place.
     Whole,
+    /// Target: what was to be discarded is.
+    Discarded,
     /// Target: what is missing holds nothing, and whoever wants it waits.
     Armed,
     /// Target: nobody waits for pages any more, and nothing is left of it.
@@ -494,6 +496,12 @@ pub enum Action {
     EndAllocating,
     /// Target: get ready to load. Answered by [`Input::Prepared`].
     Prepare,
+    /// Target: discard these pages, which no lane writes any more; nothing is loaded yet. Answered by
+    /// [`Input::Discarded`].
+    Discard {
+        /// What will be missing.
+        pages: PageSet,
+    },
     /// Target: no precopy lane writes any more: discard these pages, have whoever wants one wait for it,
     /// and fetch them. Answered by [`Input::Armed`]; [`Input::Whole`] follows when all have come.
     Arm {

@@ -60,11 +60,11 @@ impl FaultRange {
         // somebody holds it.
         let deadline = Instant::now() + Duration::from_millis(100);
         loop {
-            fallocate(self.file.file(), flags, at, length).map_err(|error| failed(error.into()))?;
             let data = self.file.next_data(start).map_err(failed)?;
             if data.is_none_or(|data| data >= end) {
                 return Ok(());
             }
+            fallocate(self.file.file(), flags, at, length).map_err(|error| failed(error.into()))?;
             if Instant::now() >= deadline {
                 return Err(VmmError::Unfit {
                     what: "a huge page of guest RAM cannot be discarded in part, since somebody holds \
@@ -158,8 +158,8 @@ impl RamFaults {
         Ok(())
     }
 
-    /// Discards exactly what is missing. Whoever comes in between waits already.
-    fn discard(&self, missing: &PageSet) -> Result<(), VmmError> {
+    /// Makes holes of exactly these pages.
+    fn punch(&self, missing: &PageSet) -> Result<(), VmmError> {
         for (region, range) in missing.ranges() {
             let of = self.ranges.iter().find(|of| of.region == region);
             let of = of.ok_or_else(|| VmmError::Unfit {
@@ -196,11 +196,16 @@ impl Faults for RamFaults {
         Ok(())
     }
 
+    fn discard(&mut self, pages: &PageSet) -> Result<(), VmmError> {
+        self.punch(pages)
+    }
+
     fn arm(&mut self, missing: &PageSet) -> Result<Arc<dyn Pager>, VmmError> {
         match std::mem::replace(&mut self.state, State::Idle) {
             State::Prepared { mut remote, uffd } => {
                 self.register(&uffd)?;
-                self.discard(missing)?;
+                // Whoever comes in between waits already.
+                self.punch(missing)?;
                 // From here on it must outlive us.
                 remote.leave();
                 let pager = self.pager(&uffd);

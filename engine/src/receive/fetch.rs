@@ -33,6 +33,18 @@ impl Driver {
         });
     }
 
+    /// Discards what will be missing. Rounds are barriers: no lane writes, and room is made ahead no more.
+    pub(super) fn discard(&mut self, pages: PageSet) {
+        self.ahead.close();
+        let quiet = self.ahead.quiet();
+        if let Some(faults) = &self.faults {
+            faults.order(Step::Arm, move |faults| {
+                quiet();
+                faults.discard(&pages).map(|()| Input::Discarded)
+            });
+        }
+    }
+
     /// Lets no precopy lane write any more, then discards what is missing and has the guest wait for it.
     pub(super) fn arm(&mut self, missing: PageSet) {
         self.place.windows = None;

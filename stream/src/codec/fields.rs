@@ -98,6 +98,8 @@ impl Fields {
                 region: self.u16()?,
                 runs: self.data_runs()?,
             },
+            Kind::Discard => Message::Discard,
+            Kind::Discarded => Message::Discarded,
             Kind::Absent => Message::Absent(self.absence()?),
             Kind::Pages
             | Kind::RoundEnd

@@ -182,6 +182,7 @@ impl State {
             | Self::Copying(_)
             | Self::Collecting(_)
             | Self::CutShort
+            | Self::Announcing(_)
             | Self::Stopping(_)
             | Self::Draining(_)
             | Self::Switching(_) => true,

@@ -60,6 +60,7 @@ use crate::core::growth::Growth;
 use crate::core::heat::Heat;
 use crate::core::message::{Action, Input, Moment, Phase, Reason, Record};
 use crate::core::meter::{Meter, Progress, Report};
+use crate::core::pageset::PageSet;
 use crate::core::postcopy::Way;
 use crate::vmm::{Inventory, RunState};
 
@@ -78,6 +79,8 @@ enum State {
     Collecting(Collecting),
     /// What is left of a round that was cut short is being taken back.
     CutShort,
+    /// The target discards these pages, which will be missing.
+    Announcing(PageSet),
     Stopping(Stopping),
     Draining(Draining),
     Switching(Switching),
@@ -320,7 +323,9 @@ impl State {
         match self {
             Self::Greeting => Phase::Greeting,
             Self::Preparing(_) | Self::Holding(_) => Phase::Preparing,
-            Self::Copying(_) | Self::Collecting(_) | Self::CutShort => Phase::Copying,
+            Self::Copying(_) | Self::Collecting(_) | Self::CutShort | Self::Announcing(_) => {
+                Phase::Copying
+            }
             Self::Stopping(_) => Phase::Stopping,
             Self::Draining(_) | Self::Switching(_) => Phase::Draining,
             Self::Offering(_) => Phase::Offering,
@@ -350,6 +355,7 @@ impl State {
             | Self::Copying(_)
             | Self::Collecting(_)
             | Self::CutShort
+            | Self::Announcing(_)
             | Self::Stopping(_)
             | Self::Draining(_)
             | Self::Switching(_)
@@ -370,7 +376,7 @@ impl State {
     fn is_copying(&self) -> bool {
         matches!(
             self,
-            Self::Copying(_) | Self::Collecting(_) | Self::CutShort
+            Self::Copying(_) | Self::Collecting(_) | Self::CutShort | Self::Announcing(_)
         )
     }
 

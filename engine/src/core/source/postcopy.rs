@@ -1,9 +1,9 @@
 //! Post-copy: the guest is handed over without all of its pages, and they come after it.
 //!
 //! ```text
-//!  Copying ─cut short─► Stopping ─► Switching ─► Offering ─► Giving ─► Given ─► Serving ─► Leaving
-//!                        the guest    Absent and                                 until the target
-//!                        stands       Complete are sent                          says that it is whole
+//!  Copying ─cut short─► Announcing ─► Stopping ─► Switching ─► Offering ─► … Given ─► Serving ─► Leaving
+//!                       Absent and     the guest    the rest, and                     until the target
+//!                       Discard        stands       Complete                          is whole
 //! ```
 //!
 //! From Complete on the missing pages are served, for the target's load may want some already. The
@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use ferry_stream::message::{Features, Message};
 
+use super::precopy::Collecting;
 use super::switchover::Saved;
 use super::{Shared, State};
 use crate::core::message::{Action, Input, Moment, Notice, Reason};
@@ -69,10 +70,30 @@ impl Shared {
         }
     }
 
-    /// Nothing is copied: the guest is stopped, and all that it has is missing.
+    /// Nothing is copied: all that the guest has will be missing.
     pub(super) fn hand_over_at_once(&mut self) -> State {
-        let nothing = self.blank_set();
-        self.stop(nothing)
+        self.announce(PageSet::full(&self.inventory.layout))
+    }
+
+    /// Has the target discard what is known to be missing while the guest runs on: to do it takes time.
+    pub(super) fn announce(&mut self, missing: PageSet) -> State {
+        if missing.is_empty() {
+            return self.stop(missing);
+        }
+        for absence in absences(&missing) {
+            self.send(Message::Absent(absence));
+        }
+        self.send(Message::Discard);
+        self.bound(self.config.limits.draining);
+        State::Announcing(missing)
+    }
+
+    /// The target has discarded what it was told of.
+    pub(super) fn announced(&mut self, missing: PageSet, input: Input) -> State {
+        match input {
+            Input::Received(Message::Discarded) => self.stop(missing),
+            input => self.unexpected(State::Announcing(missing), &input),
+        }
     }
 
     /// A round was cut short, or is over: what nobody has taken of it is missing.
@@ -85,7 +106,12 @@ impl Shared {
     /// What is left of the round is known.
     pub(super) fn cut_short(&mut self, input: Input) -> State {
         match input {
-            Input::Left { left } => self.stop(left),
+            Input::Left { left } => {
+                // What was written since goes with it: the more is known now, the less is to be done while
+                // the guest stands.
+                self.collect();
+                State::Collecting(Collecting::after(left))
+            }
             input => self.unexpected(State::CutShort, &input),
         }
     }
@@ -165,10 +191,19 @@ impl Shared {
             watch.placed(saved.at);
             watch.copied_and_saved(saved.at, now);
         });
-        let mut missing = dirty;
-        missing.union(&found);
-        self.add_owed(&mut missing);
-        for absence in absences(&missing) {
+        let mut missing = found.clone();
+        let mut new = missing.clone();
+        // Where nothing was copied all of the guest was told, and what of it there is is told now.
+        if !self.copies_nothing() {
+            missing.union(&dirty);
+            self.add_owed(&mut missing);
+            new = missing.clone();
+            for (region, range) in dirty.ranges() {
+                let known = new.remove(region, range);
+                known.expect("both are sets over one layout");
+            }
+        }
+        for absence in absences(&new) {
             self.send(Message::Absent(absence));
         }
         self.say_complete(self.pages_told, saved);

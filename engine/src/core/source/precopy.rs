@@ -243,6 +243,14 @@ enum Awaits {
 }
 
 impl Collecting {
+    /// With pages that are known to be missing already.
+    pub(super) fn after(left: PageSet) -> Self {
+        Self {
+            before: Some(left),
+            awaits: Awaits::Pages,
+        }
+    }
+
     pub(super) fn handle(self, shared: &mut Shared, input: Input) -> State {
         match input {
             Input::Collected { mut found } if self.awaits == Awaits::Pages => {
@@ -279,7 +287,10 @@ impl Shared {
     }
 
     fn decide(&mut self, mut dirty: PageSet, hot: &Hot) -> State {
-        if self.held.is_some() || self.way == Way::Due {
+        if self.way == Way::Due {
+            return self.announce(dirty);
+        }
+        if self.held.is_some() {
             return self.stop(dirty);
         }
         self.tell_floor();
@@ -287,7 +298,7 @@ impl Shared {
             Verdict::GiveUp if self.way == Way::Open => {
                 self.tell(Notice::HandsOverBefore);
                 self.way = Way::Due;
-                self.stop(dirty)
+                self.announce(dirty)
             }
             // The pause would wait for the flush, with the guest standing. Further rounds would only
             // pass the time.

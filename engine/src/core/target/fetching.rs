@@ -7,7 +7,7 @@
 //! Armed before anything is loaded: from then on whoever wants a missing page waits for it, and is
 //! never given another one. The target stays until every page is there, whatever becomes of the link.
 
-use ferry_stream::message::{Absence, Features, Message};
+use ferry_stream::message::{Absence, Features, Message, Round};
 
 use super::ending::Parting;
 use super::receiving::{Complete, Receiving};
@@ -23,7 +23,12 @@ pub(super) enum Fetch {
     #[default]
     Nothing,
     /// They are being told.
-    Told(PageSet),
+    Told {
+        /// All of them.
+        missing: PageSet,
+        /// Those that are to be discarded next.
+        due: PageSet,
+    },
     /// They are fetched.
     UnderWay,
     /// All are there, and whether that is known to whoever waits.
@@ -65,12 +70,14 @@ impl Shared {
         }
         let layout = &self.inventory.layout;
         if let Fetch::Nothing = self.fetch {
-            self.fetch = Fetch::Told(PageSet::empty(layout));
+            let (missing, due) = (PageSet::empty(layout), PageSet::empty(layout));
+            self.fetch = Fetch::Told { missing, due };
         }
-        let Fetch::Told(missing) = &mut self.fetch else {
+        let Fetch::Told { missing, due } = &mut self.fetch else {
             return state;
         };
-        match absence::insert(missing, absence) {
+        let noted = absence::insert(missing, absence).and_then(|()| absence::insert(due, absence));
+        match noted {
             Ok(()) => state,
             Err(_) => {
                 let what = "pages outside guest RAM as absent";
@@ -80,10 +87,31 @@ impl Shared {
         }
     }
 
+    /// What is known to be missing is discarded before the guest stands.
+    pub(super) fn discard(&mut self, receiving: Receiving) -> State {
+        match &mut self.fetch {
+            Fetch::Told { missing, due } => {
+                let nothing = PageSet::empty(&self.inventory.layout);
+                // Whole regions are told where nothing was copied: they are told again when it is known
+                // what of them there is.
+                if self.lanes.total().0 == Round(0) {
+                    missing.clear();
+                }
+                let pages = std::mem::replace(due, nothing);
+                self.actions.push_back(Action::Discard { pages });
+                State::Receiving(receiving)
+            }
+            _ => {
+                let discard = Input::Received(Message::Discard);
+                self.unexpected(State::Receiving(receiving), &discard)
+            }
+        }
+    }
+
     /// Everything came that comes before the load.
     pub(super) fn arm_or_load(&mut self, complete: Complete) -> State {
         match std::mem::take(&mut self.fetch) {
-            Fetch::Told(missing) if !missing.is_empty() => {
+            Fetch::Told { missing, .. } if !missing.is_empty() => {
                 self.fetch = Fetch::UnderWay;
                 self.end_allocating();
                 self.actions.push_back(Action::Arm { missing });

@@ -74,6 +74,13 @@ impl Receiving {
             Input::Received(Message::Absent(absence)) if self.complete.is_none() => {
                 return shared.absent(self, &absence);
             }
+            Input::Received(Message::Discard) if self.complete.is_none() => {
+                return shared.discard(self);
+            }
+            Input::Discarded => {
+                shared.send(Message::Discarded);
+                return State::Receiving(self);
+            }
             Input::Received(Message::Paused) => {}
             Input::Loaded => {
                 let what = "device state that ends before it was complete";
