@@ -105,6 +105,7 @@ impl Course {
                 source_peak_kib: sent.peak_kib,
                 target_peak_kib: received.peak_kib,
                 told: sent.ended.json(),
+                told_at_target: received.ended.json(),
             });
         Ok(Move {
             wire_bytes,

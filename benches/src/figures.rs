@@ -93,6 +93,9 @@ pub struct EngineFigures {
     pub target_peak_kib: u64,
     /// Its own account of the move: to look for causes, never for the figures.
     pub told: Value,
+    /// The target's.
+    #[serde(default)]
+    pub told_at_target: Value,
 }
 
 /// The guest's progress: seconds of normal running at equal steps of time.

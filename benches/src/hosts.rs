@@ -301,6 +301,7 @@ fn with_costs(times: Move, gone: Gone, arrival: &Arrival, cpu: crate::cost::Cpu)
             source_peak_kib: used.peak_kib,
             target_peak_kib: arrival.peak_kib.unwrap_or_default(),
             told: used.ended.json(),
+            told_at_target: serde_json::Value::Null,
         }
     });
     let mut figures = Move {

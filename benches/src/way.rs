@@ -72,7 +72,7 @@ pub fn wait(peer: Peer, target: &Qemu, place: Place<'_>) -> Result<Waiting, Test
     let address = place.listens();
     if peer.is_ferry() {
         let listen = format!("{address}:0");
-        let args = ["--insecure", "--listen", &listen];
+        let args = ["--insecure", "--json", "--listen", &listen];
         let (receive, uri) = place.on(|| Ferry::receive(target, &args))??;
         let receive = Some(Engine::watch(receive));
         return Ok(Waiting { uri, receive });

@@ -444,10 +444,12 @@ pub enum Action {
         /// An empty set to fill.
         into: PageSet,
     },
-    /// Source: find what may hold anything but zeros, with the guest standing for good. Answered by
+    /// Source: find what may hold anything but zeros, without tracking. Answered by
     /// [`Input::Collected`].
     Survey {
-        /// An empty set to fill.
+        /// Pages that are known to.
+        known: PageSet,
+        /// An empty set to fill, with others.
         into: PageSet,
     },
     /// Source: serve these pages on the fetch lanes, for as long as it takes. [`Input::Whole`] follows

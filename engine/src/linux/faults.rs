@@ -27,6 +27,9 @@ use crate::vmm::{Fault, Faults, Pager, VmmError};
 /// How long a thread looks for the next fault before it sleeps: sleeping and waking take longer than that.
 const SPIN: Duration = Duration::from_micros(20);
 
+/// How often pages are discarded that are not gone afterwards.
+const MOST_PUNCHES: u32 = 100;
+
 /// How often a page is tried whose memory is changing under our hands.
 const MOST_TRIES: u32 = 10_000;
 
@@ -56,23 +59,25 @@ impl FaultRange {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let (at, length) = (start.cast_signed(), (end - start).cast_signed());
         let failed = |error| VmmError::io("discarding pages of guest RAM", error);
-        // Of a huge page the kernel cannot split it gives a part back only as zeros, for as long as
-        // somebody holds it.
-        let deadline = Instant::now() + Duration::from_millis(100);
-        loop {
+        let is_hole = || {
             let data = self.file.next_data(start).map_err(failed)?;
-            if data.is_none_or(|data| data >= end) {
-                return Ok(());
-            }
-            fallocate(self.file.file(), flags, at, length).map_err(|error| failed(error.into()))?;
-            if Instant::now() >= deadline {
+            Ok::<_, VmmError>(data.is_none_or(|data| data >= end))
+        };
+        let mut tries = 0;
+        while !is_hole()? {
+            // Of a huge page that cannot be split the kernel gives a part back only as zeros, as long as
+            // somebody holds it.
+            if tries >= MOST_PUNCHES {
                 return Err(VmmError::Unfit {
                     what: "a huge page of guest RAM cannot be discarded in part, since somebody holds \
                            it: mount that tmpfs with huge=never, or move the guest by precopy"
                         .to_owned(),
                 });
             }
+            tries += 1;
+            fallocate(self.file.file(), flags, at, length).map_err(|error| failed(error.into()))?;
         }
+        Ok(())
     }
 }
 

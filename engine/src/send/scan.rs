@@ -37,9 +37,9 @@ impl Driver {
     }
 
     /// Finds what guest RAM holds, without tracking.
-    pub(super) fn survey(&self, into: PageSet) {
+    pub(super) fn survey(&self, known: PageSet, into: PageSet) {
         self.tracker
-            .order(Step::Collect, move |side| survey(&*side.ram, into));
+            .order(Step::Collect, move |side| survey(&*side.ram, &known, into));
     }
 
     pub(super) fn scan(&mut self, rearm: Rearm, with: PageSet) {
@@ -142,21 +142,25 @@ impl Populated<'_> {
     }
 }
 
-fn survey(ram: &dyn Ram, mut into: PageSet) -> Result<Input, VmmError> {
-    let regions = ram
-        .layout()
-        .iter()
-        .map(|(index, region)| (index, region.all()));
-    for (region, all) in regions {
-        let mut outside = None;
-        ram.populated(region, all, &mut |run| {
-            outside = into.insert(region, run).err().or(outside);
-        })?;
-        if let Some(outside) = outside {
-            return Err(VmmError::failed("guest RAM reported", outside));
+fn survey(ram: &dyn Ram, known: &PageSet, mut into: PageSet) -> Result<Input, VmmError> {
+    let mut outside = None;
+    for (region, all) in ram.layout().iter().map(|(at, region)| (at, region.all())) {
+        for gap in known.missing(region, all) {
+            // More of the region may be told, and is known.
+            ram.populated(region, gap, &mut |run| {
+                let first = run.first.0.max(gap.first.0);
+                let end = run.end().0.min(gap.end().0);
+                if first < end {
+                    let within = PageRange::new(first, end - first);
+                    outside = into.insert(region, within).err().or(outside);
+                }
+            })?;
         }
     }
-    Ok(Input::Collected { found: into })
+    match outside {
+        Some(outside) => Err(VmmError::failed("guest RAM reported", outside)),
+        None => Ok(Input::Collected { found: into }),
+    }
 }
 
 fn collect(side: &mut TrackSide, rearm: Rearm, mut into: PageSet) -> Result<Input, VmmError> {

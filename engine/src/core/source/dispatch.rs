@@ -117,6 +117,7 @@ impl Shared {
             State::Copying(copying) => copying.handle(self, input),
             State::Collecting(collecting) => collecting.handle(self, input),
             State::CutShort => self.cut_short(input),
+            State::Surveying => self.surveyed(input),
             State::Announcing(missing) => self.announced(missing, input),
             State::Switching(switching) => switching.handle(self, input),
             State::Stopping(stopping) => stopping.handle(self, input),

@@ -182,6 +182,7 @@ impl State {
             | Self::Copying(_)
             | Self::Collecting(_)
             | Self::CutShort
+            | Self::Surveying
             | Self::Announcing(_)
             | Self::Stopping(_)
             | Self::Draining(_)

@@ -79,6 +79,8 @@ enum State {
     Collecting(Collecting),
     /// What is left of a round that was cut short is being taken back.
     CutShort,
+    /// What the guest has is looked for, where nothing is copied before it is handed over.
+    Surveying,
     /// The target discards these pages, which will be missing.
     Announcing(PageSet),
     Stopping(Stopping),
@@ -323,9 +325,11 @@ impl State {
         match self {
             Self::Greeting => Phase::Greeting,
             Self::Preparing(_) | Self::Holding(_) => Phase::Preparing,
-            Self::Copying(_) | Self::Collecting(_) | Self::CutShort | Self::Announcing(_) => {
-                Phase::Copying
-            }
+            Self::Copying(_)
+            | Self::Collecting(_)
+            | Self::CutShort
+            | Self::Surveying
+            | Self::Announcing(_) => Phase::Copying,
             Self::Stopping(_) => Phase::Stopping,
             Self::Draining(_) | Self::Switching(_) => Phase::Draining,
             Self::Offering(_) => Phase::Offering,
@@ -355,6 +359,7 @@ impl State {
             | Self::Copying(_)
             | Self::Collecting(_)
             | Self::CutShort
+            | Self::Surveying
             | Self::Announcing(_)
             | Self::Stopping(_)
             | Self::Draining(_)
@@ -376,7 +381,11 @@ impl State {
     fn is_copying(&self) -> bool {
         matches!(
             self,
-            Self::Copying(_) | Self::Collecting(_) | Self::CutShort | Self::Announcing(_)
+            Self::Copying(_)
+                | Self::Collecting(_)
+                | Self::CutShort
+                | Self::Surveying
+                | Self::Announcing(_)
         )
     }
 

@@ -72,7 +72,23 @@ impl Shared {
 
     /// Nothing is copied: all that the guest has will be missing.
     pub(super) fn hand_over_at_once(&mut self) -> State {
-        self.announce(PageSet::full(&self.inventory.layout))
+        let nothing = self.blank_set();
+        self.survey(nothing);
+        self.bound(self.config.limits.draining);
+        State::Surveying
+    }
+
+    fn survey(&mut self, known: PageSet) {
+        let into = self.blank_set();
+        self.actions.push_back(Action::Survey { known, into });
+    }
+
+    /// What the guest has, with it running.
+    pub(super) fn surveyed(&mut self, input: Input) -> State {
+        match input {
+            Input::Collected { found } => self.announce(found),
+            input => self.unexpected(State::Surveying, &input),
+        }
     }
 
     /// Has the target discard what is known to be missing while the guest runs on: to do it takes time.
@@ -148,12 +164,12 @@ impl Switching {
                 shared.meter.state(bytes);
                 shared.read_hardware();
                 // Saving may write RAM: only now.
-                let into = shared.blank_set();
-                shared.actions.push_back(if shared.copies_nothing() {
-                    Action::Survey { into }
+                if shared.copies_nothing() {
+                    shared.survey(self.dirty.clone());
                 } else {
-                    Action::CollectLast { into }
-                });
+                    let into = shared.blank_set();
+                    shared.actions.push_back(Action::CollectLast { into });
+                }
             }
             Input::Collected { mut found } if self.saved.is_some() && self.found.is_none() => {
                 // What was kept waiting for the last round is missing as well.
@@ -191,17 +207,13 @@ impl Shared {
             watch.placed(saved.at);
             watch.copied_and_saved(saved.at, now);
         });
-        let mut missing = found.clone();
+        let mut missing = dirty.clone();
+        missing.union(&found);
+        self.add_owed(&mut missing);
         let mut new = missing.clone();
-        // Where nothing was copied all of the guest was told, and what of it there is is told now.
-        if !self.copies_nothing() {
-            missing.union(&dirty);
-            self.add_owed(&mut missing);
-            new = missing.clone();
-            for (region, range) in dirty.ranges() {
-                let known = new.remove(region, range);
-                known.expect("both are sets over one layout");
-            }
+        for (region, range) in dirty.ranges() {
+            let known = new.remove(region, range);
+            known.expect("both are sets over one layout");
         }
         for absence in absences(&new) {
             self.send(Message::Absent(absence));

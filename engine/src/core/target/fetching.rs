@@ -7,7 +7,7 @@
 //! Armed before anything is loaded: from then on whoever wants a missing page waits for it, and is
 //! never given another one. The target stays until every page is there, whatever becomes of the link.
 
-use ferry_stream::message::{Absence, Features, Message, Round};
+use ferry_stream::message::{Absence, Features, Message};
 
 use super::ending::Parting;
 use super::receiving::{Complete, Receiving};
@@ -90,13 +90,8 @@ impl Shared {
     /// What is known to be missing is discarded before the guest stands.
     pub(super) fn discard(&mut self, receiving: Receiving) -> State {
         match &mut self.fetch {
-            Fetch::Told { missing, due } => {
+            Fetch::Told { due, .. } => {
                 let nothing = PageSet::empty(&self.inventory.layout);
-                // Whole regions are told where nothing was copied: they are told again when it is known
-                // what of them there is.
-                if self.lanes.total().0 == Round(0) {
-                    missing.clear();
-                }
                 let pages = std::mem::replace(due, nothing);
                 self.actions.push_back(Action::Discard { pages });
                 State::Receiving(receiving)
