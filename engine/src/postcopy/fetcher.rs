@@ -18,6 +18,7 @@ use crate::core::outcome::in_full;
 use crate::core::pageset::{OutsideRam, PageSet};
 use crate::core::postcopy::absence::absences;
 use crate::core::postcopy::{Answer, FetchFigures, Lacking};
+use crate::linux::priority;
 use crate::vmm::{Fault, Pager, VmmError};
 use crate::worker::{Clock, Facts};
 
@@ -193,6 +194,7 @@ impl Fetcher {
 
     /// Hears of faults until the end: pages that the guest gave back fault even when all are there.
     fn serve_faults(&self, pager: &dyn Pager) {
+        priority::hurry();
         let mut found = Vec::new();
         loop {
             found.clear();
@@ -354,6 +356,9 @@ struct FetchLane<'a> {
 
 impl FetchLane<'_> {
     fn run(mut self) -> Result<(), LaneError> {
+        if self.id.index == FAULT_LANE {
+            priority::hurry();
+        }
         // Under the lock, so that no fault is asked for before the others.
         let mut requests = lock(self.requests);
         let greeting = self.fetcher.greeting(self.id);

@@ -1,6 +1,6 @@
 //! The source's end: pages of a guest that stands here and runs elsewhere, sent as they are wanted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,6 +18,7 @@ use crate::core::message::Input;
 use crate::core::pageset::{OutsideRam, PageSet};
 use crate::core::postcopy::owed::Overstated;
 use crate::core::postcopy::{Owed, PageRun};
+use crate::linux::priority;
 use crate::pacer::{Account, Pacer};
 use crate::vmm::{Ram, VmmError};
 use crate::worker::Facts;
@@ -27,6 +28,9 @@ const MOST_PAGES: u64 = 64;
 
 /// Fewest pages in one: below that the headers and wake-ups cost more than the wait they save.
 const FEWEST_PAGES: u64 = 4;
+
+/// Pages in the first ones.
+const FIRST_PAGES: u64 = 16;
 
 /// Most runs in a frame. Each may become many records, for zero pages are told apart.
 const MOST_RUNS: usize = 16;
@@ -38,9 +42,11 @@ const NEIGHBOURS: u64 = 15;
 /// its way. What is behind them in the link's queue waits for both.
 const FRAMES_AHEAD: usize = 2;
 
-/// A frame of the sweep shall be in place so long after it was sent, or frames become smaller. A fault
-/// waits behind as much.
-const FRAME_TIME: Duration = Duration::from_micros(500);
+/// A frame of the sweep is what the link carries in this time: a fault waits behind as much.
+const FRAME_TIME: Duration = Duration::from_micros(250);
+
+/// How long the rate of the link is measured at a time: single frames tell more of the scheduler.
+const RATE_TIME: Duration = Duration::from_millis(10);
 
 /// How long a lane with nothing to send listens before it looks whether there is something again.
 const IDLE: Duration = Duration::from_millis(20);
@@ -194,9 +200,12 @@ struct ServedLane<'a> {
     account: Account,
     /// Pages in the next frame of the sweep.
     pages: u64,
-    /// When each frame was sent that is not in place.
-    sent: std::collections::VecDeque<Instant>,
+    /// How many pages are in each frame that is not in place.
+    sent: VecDeque<u64>,
     placed: u64,
+    /// Pages that came to be in place since the rate is measured.
+    placed_pages: u64,
+    measured_from: Instant,
 }
 
 impl<'a> ServedLane<'a> {
@@ -209,13 +218,18 @@ impl<'a> ServedLane<'a> {
             writer: PageLaneWriter::new(id),
             frame: PageFrame::new(u32::try_from(MOST_PAGES).unwrap_or(u32::MAX)),
             account: Account::default(),
-            pages: 2 * FEWEST_PAGES,
-            sent: std::collections::VecDeque::new(),
+            pages: FIRST_PAGES,
+            sent: VecDeque::new(),
             placed: 0,
+            placed_pages: 0,
+            measured_from: Instant::now(),
         }
     }
 
     fn run(mut self) -> Result<(), LaneError> {
+        if self.id.index == FAULT_LANE {
+            priority::hurry();
+        }
         while !self.server.is_over() {
             let more = if self.id.index == FAULT_LANE {
                 self.listen()?
@@ -354,20 +368,26 @@ impl<'a> ServedLane<'a> {
         drop(state);
         while self.placed < frames {
             self.placed += 1;
-            if let Some(sent) = self.sent.pop_front() {
-                self.adapt(sent.elapsed());
+            if let Some(pages) = self.sent.pop_front() {
+                self.adapt(pages);
             }
         }
         Ok(())
     }
 
     /// Makes frames as large as may be without a fault waiting behind them for long.
-    fn adapt(&mut self, took: Duration) {
-        if took > 2 * FRAME_TIME {
-            self.pages = (self.pages / 2).max(FEWEST_PAGES);
-        } else if took < FRAME_TIME {
-            self.pages = (self.pages + self.pages / 2).min(MOST_PAGES);
+    fn adapt(&mut self, placed_pages: u64) {
+        self.placed_pages += placed_pages;
+        let took = self.measured_from.elapsed();
+        if took < RATE_TIME {
+            return;
         }
+        let pages = u128::from(self.placed_pages) * FRAME_TIME.as_nanos() / took.as_nanos();
+        let pages = u64::try_from(pages).unwrap_or(MOST_PAGES);
+        // Half of the way: what is measured once may be an accident.
+        self.pages = ((self.pages + pages) / 2).clamp(FEWEST_PAGES, MOST_PAGES);
+        self.placed_pages = 0;
+        self.measured_from = Instant::now();
     }
 
     fn send(&mut self, runs: &[PageRun]) -> Result<(), LaneError> {
@@ -384,7 +404,7 @@ impl<'a> ServedLane<'a> {
         }
         let bytes = self.writer.send(&mut *self.lane, &mut self.frame)?;
         self.server.0.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.sent.push_back(Instant::now());
+        self.sent.push_back(self.frame.pages());
         Ok(())
     }
 
