@@ -118,6 +118,33 @@ impl Journal {
         session: SessionId,
         peer: &str,
     ) -> Result<Self, JournalError> {
+        let mut journal = Self::open_any(folder, name)?;
+        if let Some(entry) = journal.last.as_ref().filter(|it| it.forbids_migration()) {
+            return Err(JournalError::InDoubt {
+                session: entry.session,
+                peer: entry.peer.clone(),
+                path: journal.path.clone(),
+            });
+        }
+        journal.session = session;
+        shorten(peer).clone_into(&mut journal.peer);
+        Ok(journal)
+    }
+
+    /// Opens a journal to go on with the migration that it tells of.
+    ///
+    /// Refused while another engine holds it, and when what it says cannot be understood.
+    pub fn reopen(folder: &Path, name: &str) -> Result<Self, JournalError> {
+        let mut journal = Self::open_any(folder, name)?;
+        if let Some(entry) = &journal.last {
+            journal.session = entry.session;
+            journal.peer = entry.peer.clone();
+            journal.wanted = entry.wanted;
+        }
+        Ok(journal)
+    }
+
+    fn open_any(folder: &Path, name: &str) -> Result<Self, JournalError> {
         let path = folder.join(format!("{name}.journal"));
         let failed = |what| failure(&path, what);
         fs::DirBuilder::new()
@@ -131,22 +158,13 @@ impl Journal {
         let Some((number, last)) = newest(slots) else {
             return Err(JournalError::Unreadable { path });
         };
-        if let Some(entry) = last.as_ref().filter(|entry| entry.forbids_migration()) {
-            let (session, peer) = (entry.session, entry.peer.clone());
-            return Err(JournalError::InDoubt {
-                path,
-                session,
-                peer,
-            });
-        }
-        let peer = shorten(peer).to_owned();
         Ok(Self {
             file,
             path,
             number,
             last,
-            session,
-            peer,
+            session: SessionId([0; 16]),
+            peer: String::new(),
             wanted: None,
             is_removed: false,
         })

@@ -62,6 +62,8 @@ struct TrackSide {
     ram: Arc<dyn Ram>,
 }
 
+pub(crate) use fetch::keep;
+
 pub(crate) type Flush = Box<dyn FnMut() -> Result<(), VmmError> + Send>;
 
 /// What the driver is made of.

@@ -2,6 +2,8 @@
 
 mod setup;
 
+pub use crate::postcopy::resume::{ResumeError, ResumedSource, ResumedTarget};
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -19,8 +19,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::remote_uffd::{RemoteUffd, made_with};
 use super::uffd::{Features, Mode, RangeIoctls, Uffd};
-use super::{Error, Process, RamFile};
-use crate::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
+use super::{Access, Error, Process, RamFile, maps};
+use crate::core::layout::{Layout, PAGE_SIZE, PageRange, Region, RegionIndex};
 use crate::core::pageset::PageSet;
 use crate::vmm::{Fault, Faults, Pager, VmmError};
 
@@ -81,6 +81,45 @@ impl FaultRange {
     }
 }
 
+/// Where a region of guest RAM is, in words that outlive the engine: a VMM whose pages are missing may
+/// not be able to say so.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct RamPlace {
+    /// The region's name.
+    pub name: String,
+    /// Its first address in the process.
+    pub address: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Of the file that holds it: device numbers and inode.
+    pub file: (u64, u64, u64),
+}
+
+impl RamPlace {
+    /// Finds it again: the mapping must be of the same file still.
+    fn find(&self, process: &Process, region: RegionIndex) -> Result<FaultRange, Error> {
+        let addresses = self.address..self.address.saturating_add(self.bytes);
+        let is_it = |mapping: &maps::Mapping| {
+            let maps::Device { major, minor } = mapping.device;
+            mapping.start <= addresses.start
+                && addresses.end <= mapping.end
+                && (major, minor, mapping.inode) == self.file
+        };
+        let mappings = maps::runs(maps::of_process(process)?);
+        let mapping = mappings.into_iter().find(is_it);
+        let mapping = mapping.ok_or(Error::Unwatched {
+            start: addresses.start,
+            end: addresses.end,
+        })?;
+        Ok(FaultRange {
+            region,
+            file: RamFile::open(process, &mapping, Access::ReadWrite)?,
+            file_start: mapping.offset + (addresses.start - mapping.start),
+            addresses,
+        })
+    }
+}
+
 /// The pages that a process waits for.
 #[derive(Debug)]
 pub struct RamFaults {
@@ -105,6 +144,45 @@ impl RamFaults {
             ranges: ranges.into(),
             state: State::Idle,
         }
+    }
+
+    /// Of guest RAM in these places, with its layout.
+    pub fn find(process: &Arc<Process>, places: &[RamPlace]) -> Result<(Self, Layout), VmmError> {
+        let region = |place: &RamPlace| Region {
+            name: place.name.clone(),
+            bytes: place.bytes,
+            // No others are ever armed.
+            backing_page_bytes: u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX),
+        };
+        let layout = Layout::new(places.iter().map(region).collect())
+            .map_err(|error| VmmError::failed("guest RAM as it was written down", error))?;
+        let mut ranges = Vec::new();
+        for (index, region) in layout.iter() {
+            let place = places.iter().find(|place| place.name == region.name);
+            let range = place.map(|place| place.find(process, index));
+            ranges.extend(range.transpose()?);
+        }
+        Ok((Self::new(Arc::clone(process), ranges), layout))
+    }
+
+    /// The pages that have no memory.
+    pub fn without_memory(&self, layout: &Layout) -> Result<PageSet, VmmError> {
+        let failed = |error| VmmError::io("looking for holes in guest RAM", error);
+        let mut missing = PageSet::full(layout);
+        for range in &*self.ranges {
+            let bytes = range.addresses.end - range.addresses.start;
+            let all = range.file_start..range.file_start + bytes;
+            range
+                .file
+                .data_extents(all, |extent| {
+                    let from = extent.start - range.file_start;
+                    let pages = PageRange::covering(from..extent.end - range.file_start);
+                    let taken = missing.remove(range.region, pages);
+                    taken.map(drop).map_err(std::io::Error::other)
+                })
+                .map_err(failed)?;
+        }
+        Ok(missing)
     }
 
     /// Takes over what an engine that died has armed in the process: whoever waits there waits for us

@@ -39,7 +39,7 @@ pub mod uffd;
 pub(crate) mod window_view;
 
 pub use error::Error;
-pub use faults::{FaultRange, RamFaults};
+pub use faults::{FaultRange, RamFaults, RamPlace};
 pub use pidfd::{Process, ProcessId, RemoteFd};
 pub use ram_file::{Access, RamFile};
 pub use shared_ram::{RamPart, SharedRam};

@@ -177,6 +177,12 @@ impl Fetcher {
         }
     }
 
+    /// True when all is there, and the source has closed its lanes upon that.
+    pub(crate) fn source_knows(&self) -> bool {
+        let state = self.lock();
+        state.whole_told && state.lanes.is_empty()
+    }
+
     /// How it went so far; none before faults were armed.
     pub(crate) fn figures(&self) -> Option<FetchFigures> {
         let state = self.lock();
@@ -246,6 +252,8 @@ impl Fetcher {
 
     /// Takes a lane's frames until it ends.
     fn run(&self, id: LaneId, lane: Box<dyn Lane>, requests: &Mutex<Requests>) {
+        // Also when it panics: the source would wait for a lane that nobody reads.
+        let _gone = Gone { fetcher: self, id };
         let outcome = FetchLane {
             fetcher: self,
             id,
@@ -255,8 +263,7 @@ impl Fetcher {
             bytes: Vec::new(),
         }
         .run();
-        let mut state = self.lock();
-        state.lanes.retain(|lane| lane.id != id);
+        let state = self.lock();
         let expected = state.over || state.whole_told;
         drop(state);
         if let (Err(error), false) = (outcome, expected) {
@@ -335,6 +342,29 @@ impl Fetcher {
         for requests in lanes {
             // One that is dead is dialled again, and hears of it then.
             drop(lock(&requests).send(&[Request::Whole]));
+        }
+    }
+}
+
+/// Ends a lane whose thread has.
+struct Gone<'a> {
+    fetcher: &'a Fetcher,
+    id: LaneId,
+}
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        self.fetcher.lock().lanes.retain(|lane| {
+            let stays = lane.id != self.id;
+            if !stays {
+                // One that cannot be closed is ended already.
+                drop(lane.closer.close());
+            }
+            stays
+        });
+        if thread::panicking() {
+            self.fetcher
+                .tell(format!("the thread of fetch {} panicked", self.id));
         }
     }
 }

@@ -10,6 +10,7 @@
 //! | 2, for the sweep | everything else, a few frames ahead of what is in place | counts |
 
 pub(crate) mod fetcher;
+pub(crate) mod resume;
 pub(crate) mod server;
 
 use ferry_stream::message::LaneIndex;

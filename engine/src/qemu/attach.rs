@@ -19,7 +19,7 @@ use super::ram::{self, Survey};
 use super::settings::{Settings, Side};
 use super::state::QemuState;
 use crate::core::layout::Layout;
-use crate::linux::{Access, Process};
+use crate::linux::{Access, Process, RamPlace};
 use crate::vmm::{Faults, Ram as _, Stopped, Vm, VmmError};
 
 /// How to attach.
@@ -164,6 +164,11 @@ impl Qemu {
             state: Box::new(QemuState::new(Arc::clone(&self.inner))),
             faults,
         })
+    }
+
+    /// Where guest RAM is, for an engine that comes after this one.
+    pub fn ram_places(&self) -> Vec<RamPlace> {
+        self.survey.places()
     }
 
     pub(super) fn inner(&self) -> &Inner {

@@ -19,7 +19,8 @@ use super::monitor::Monitor;
 use crate::core::layout::{Layout, Region};
 use crate::linux::maps::{self, Mapping};
 use crate::linux::{
-    Access, FaultRange, Process, RamFaults, RamFile, RamPart, RamTracker, SharedRam, TrackedRange,
+    Access, FaultRange, Process, RamFaults, RamFile, RamPart, RamPlace, RamTracker, SharedRam,
+    TrackedRange,
 };
 use crate::vmm::{Ram, VmmError};
 
@@ -158,6 +159,21 @@ impl Survey {
             .collect();
         let tracker = RamTracker::new(Arc::clone(process), tracked);
         Ok((ram, tracker))
+    }
+
+    /// Where it is, for an engine that comes after this one.
+    pub(super) fn places(&self) -> Vec<RamPlace> {
+        let place = |found: &Found| RamPlace {
+            name: found.region.name.clone(),
+            address: found.addresses.start,
+            bytes: found.region.bytes,
+            file: (
+                found.mapping.device.major,
+                found.mapping.device.minor,
+                found.mapping.inode,
+            ),
+        };
+        self.regions.iter().map(place).collect()
     }
 
     /// Makes ready to have the memory waited for, at a target.

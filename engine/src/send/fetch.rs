@@ -74,7 +74,12 @@ impl Driver {
 }
 
 /// Keeps a lane open until it is not wanted any more.
-async fn keep(connector: Arc<dyn Connector>, session: SessionId, server: Server, first: LaneId) {
+pub(crate) async fn keep(
+    connector: Arc<dyn Connector>,
+    session: SessionId,
+    server: Server,
+    first: LaneId,
+) {
     let mut lane = first;
     let mut wait = REDIAL;
     while !server.is_over() {

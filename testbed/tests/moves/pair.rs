@@ -194,6 +194,20 @@ impl Pair {
         rams.map(|ram| ram.allocated_bytes().unwrap()).sum()
     }
 
+    /// The guest runs at the target and is whole, the source's QEMU has ended, and nothing is left of
+    /// any engine.
+    pub(crate) fn assert_arrived(&self) {
+        assert_eq!(self.target.run_state().unwrap(), "running");
+        assert_whole(&self.target.counterpart(self.page()));
+        assert_source(self, false, "running");
+        // Settings are the memory of the engine that made them; descriptors are everybody's.
+        wait_until("nothing is left in QEMU", BOUND, || {
+            (descriptors(&self.target) == self.before.target.descriptors).then_some(())
+        })
+        .unwrap();
+        assert_eq!(journals(&self.target), Vec::<PathBuf>::new());
+    }
+
     fn assert_same_ram(&self) {
         for (ours, theirs) in self.source.rams().iter().zip(self.target.rams()) {
             let difference = ours.first_difference(theirs).unwrap();

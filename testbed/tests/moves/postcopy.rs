@@ -1,9 +1,10 @@
 //! Post-copy: the guest runs at the target before its pages are there.
 
-use ferry_testbed::{Ferry, Linux, Machine, QemuVersion, Turn};
+use ferry_testbed::{Ferry, Linux, Machine, Qemu, QemuVersion, Turn, wait_until};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::pair::{BOUND, Moved, Pair, SLOW, small};
+use crate::pair::{BOUND, Move, Moved, Pair, SLOW, small};
 
 fn figure(of: &Value, name: &str) -> f64 {
     let value = of[name].as_f64();
@@ -119,4 +120,132 @@ fn there_and_back() {
         followed(&moved);
         pair = pair.onwards(&machine);
     }
+}
+
+/// The guest waits for pages at a pace at which there is time to let engines die.
+const CRAWLING: [&str; 3] = ["--live", "--postcopy-now", "--bandwidth=16"];
+
+/// Begins a move, and waits until the guest was handed over.
+fn handed_over(pair: &Pair) -> Move<'_> {
+    let under_way = pair.begin(&CRAWLING);
+    let state = Ferry::state_folder(&pair.source);
+    wait_until("the guest was handed over", BOUND, || {
+        let look = Ferry::run(&state, &["jobinfo", "--json"], BOUND).unwrap();
+        (look.json()["phase"] == "serving").then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error}: {}", under_way.migrate.told()));
+    under_way
+}
+
+/// Goes on where the engine of this QEMU died.
+fn resume(qemu: &Qemu) -> Ferry {
+    let state = Ferry::state_folder(qemu);
+    let left = Ferry::left_in(&state);
+    let notes = left
+        .iter()
+        .find(|path| path.extension() == Some("resume".as_ref()));
+    let job = notes
+        .unwrap()
+        .file_stem()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_owned();
+    Ferry::start(&state, &["resume", &job, "--json"]).unwrap()
+}
+
+fn killed(ferry: Ferry) {
+    ferry.signal(Signal::SIGKILL).unwrap();
+    assert_eq!(ferry.wait(BOUND).unwrap().code(), 128 + 9);
+}
+
+fn moved(ferry: Ferry) -> Value {
+    let ended = ferry.wait(BOUND).unwrap();
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    assert_eq!(ended.json()["outcome"], "moved");
+    ended.json()
+}
+
+#[test]
+fn the_targets_engine_dies() {
+    let _turn = Turn::take().unwrap();
+    let machine = small(QemuVersion::V10_0);
+    let pair = Pair::boot(&machine);
+    let Move {
+        migrate, receive, ..
+    } = handed_over(&pair);
+    killed(receive);
+    let faults = moved(resume(&pair.target))["faults"].clone();
+    assert!(figure(&faults, "count") > 0.0, "{faults}");
+    moved(migrate);
+    pair.assert_arrived();
+}
+
+#[test]
+fn the_sources_engine_dies() {
+    let _turn = Turn::take().unwrap();
+    let machine = small(QemuVersion::V7_2);
+    let pair = Pair::boot(&machine);
+    let Move {
+        migrate, receive, ..
+    } = handed_over(&pair);
+    killed(migrate);
+    let again = Ferry::migrate(&pair.source, "ferry://127.0.0.1:9", &["--live"]).unwrap();
+    let ended = again.wait(BOUND).unwrap();
+    assert_eq!(
+        ended.code(),
+        2,
+        "a guest that was given away is not moved: {ended:?}"
+    );
+    moved(resume(&pair.source));
+    moved(receive);
+    pair.assert_arrived();
+}
+
+#[test]
+fn both_engines_die() {
+    let _turn = Turn::take().unwrap();
+    let machine = small(QemuVersion::V10_0);
+    let pair = Pair::boot(&machine);
+    let Move {
+        migrate, receive, ..
+    } = handed_over(&pair);
+    killed(receive);
+    killed(migrate);
+    let [there, here] = [&pair.target, &pair.source].map(resume);
+    moved(there);
+    moved(here);
+    pair.assert_arrived();
+}
+
+/// Both die again and again: each goes on where the other did.
+#[test]
+fn engines_die_again_and_again() {
+    let _turn = Turn::take().unwrap();
+    let machine = small(QemuVersion::V10_0);
+    let pair = Pair::boot(&machine);
+    let Move {
+        mut migrate,
+        mut receive,
+        ..
+    } = handed_over(&pair);
+    for _ in 0..3 {
+        let before = pair.arrived_bytes();
+        wait_until("more has come", BOUND, || {
+            (pair.arrived_bytes() > before + (4 << 20)).then_some(())
+        })
+        .unwrap();
+        killed(receive);
+        receive = resume(&pair.target);
+        let before = pair.arrived_bytes();
+        wait_until("it goes on", BOUND, || {
+            (pair.arrived_bytes() > before).then_some(())
+        })
+        .unwrap();
+        killed(migrate);
+        migrate = resume(&pair.source);
+    }
+    moved(receive);
+    moved(migrate);
+    pair.assert_arrived();
 }

@@ -50,6 +50,8 @@ pub(crate) enum Command {
     Setmaxdowntime(Setmaxdowntime),
     /// Hand a migration's guest over now, before its pages
     Postcopy(PostcopyNow),
+    /// Go on with a post-copy whose engine here died: the guest waits for pages at the target
+    Resume(Resume),
     /// Give a migration up: the guest stays where it is
     Jobabort(Jobabort),
 }
@@ -255,6 +257,17 @@ pub(crate) struct StateDir {
     /// Where journals and control sockets are kept; it must be the same for every migration of a QEMU
     #[arg(long, value_name = "FOLDER", env = "FERRY_STATE_DIR")]
     pub(crate) state_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct Resume {
+    /// The job's name: qemu-PID-START, as the engine that died told it and its journal is named
+    #[arg(value_name = "JOB")]
+    pub(crate) job: JobName,
+
+    #[command(flatten)]
+    pub(crate) common: Common,
 }
 
 /// Which migration is meant.

@@ -8,6 +8,7 @@ mod jobs;
 mod migrate;
 mod progress;
 mod receive;
+mod resume;
 mod say;
 
 use std::process::ExitCode;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
             Command::Setspeed(args) => jobs::set_speed(args).await,
             Command::Setmaxdowntime(args) => jobs::set_max_downtime(args).await,
             Command::Postcopy(args) => jobs::postcopy(args).await,
+            Command::Resume(args) => resume::run(args).await,
             Command::Jobabort(args) => jobs::abort(args).await,
         }
     });

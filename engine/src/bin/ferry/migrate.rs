@@ -4,7 +4,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_engine::core::message::Notice;
+use ferry_engine::core::message::{Notice, Outcome};
+use ferry_engine::core::source::Postcopy;
 use ferry_engine::host::control::{Folder, Server, Steered};
 use ferry_engine::job::{JournalPlace, Retire};
 use ferry_engine::link::TcpConnector;
@@ -16,6 +17,7 @@ use ferry_engine::{Bandwidth, Finished, Job, Migration};
 use crate::args::Migrate;
 use crate::ending::{Refusal, Teller};
 use crate::interrupts::Interrupts;
+use crate::resume::{Kept, Notes};
 use crate::say;
 use crate::{host, progress};
 
@@ -92,6 +94,7 @@ async fn see_through(started: Started, args: &Migrate, mut interrupts: Interrupt
     if args.verbose {
         say::tell(format_args!("Job {}", place.name));
     }
+    let notes = keep_notes(&place, args);
     let control = match open_control(&job, &place, args) {
         Ok(control) => Some(control),
         // The guest can be moved all the same.
@@ -116,6 +119,9 @@ async fn see_through(started: Started, args: &Migrate, mut interrupts: Interrupt
         tell(&notice);
     }
     let finished = job.finish().await;
+    if let (Some(notes), Outcome::InDoubt { .. }) = (notes, &finished.outcome) {
+        notes.leave();
+    }
     if let Some(control) = control {
         control.close().await;
     }
@@ -125,6 +131,33 @@ async fn see_through(started: Started, args: &Migrate, mut interrupts: Interrupt
         _ = shown.await;
     }
     finished
+}
+
+/// Keeps what a later engine needs, where this one may die and leave a guest that waits.
+fn keep_notes(place: &JournalPlace, args: &Migrate) -> Option<Kept> {
+    if args.postcopy() == Postcopy::Never {
+        return None;
+    }
+    let notes = Notes::Source {
+        qmp: host::socket_path(&args.qmp)?,
+        target: args.target.to_string(),
+        keep_source: args.keep_source,
+    };
+    kept(&notes, place)
+}
+
+/// Keeps notes; the guest can be moved without them.
+pub(crate) fn kept(notes: &Notes, place: &JournalPlace) -> Option<Kept> {
+    match notes.keep(place) {
+        Ok(kept) => Some(kept),
+        Err(refusal) => {
+            let reason = refusal.reason;
+            say::tell(format_args!(
+                "ferry: `ferry resume` would not be possible: {reason}"
+            ));
+            None
+        }
+    }
 }
 
 /// Lets other commands watch and steer it.

@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use ferry_engine::core::message::Outcome;
+use ferry_engine::job::JournalPlace;
 use ferry_engine::link::TcpAcceptor;
 use ferry_engine::qemu::Side;
 use ferry_engine::{Finished, Migration, TargetJob};
@@ -9,11 +11,12 @@ use ferry_engine::{Finished, Migration, TargetJob};
 use crate::args::Receive;
 use crate::ending::{Refusal, Teller};
 use crate::interrupts::Interrupts;
+use crate::resume::Notes;
 use crate::say;
 use crate::{host, migrate};
 
 pub(crate) async fn run(args: &Receive) -> ExitCode {
-    let teller = Teller {
+    let mut teller = Teller {
         json: args.common.json,
         figures: false,
         job: None,
@@ -27,12 +30,27 @@ pub(crate) async fn run(args: &Receive) -> ExitCode {
         () = interrupts.next() => Err(Refusal::interrupted()),
     };
     match started {
-        Ok(job) => teller.finished(&see_through(job, &mut interrupts).await),
+        Ok(Started { job, place, notes }) => {
+            teller.job = Some(place.name.clone());
+            let kept = migrate::kept(&notes, &place);
+            let finished = see_through(job, &mut interrupts).await;
+            if let (Some(kept), Outcome::InDoubt { .. }) = (kept, &finished.outcome) {
+                kept.leave();
+            }
+            teller.finished(&finished)
+        }
         Err(refusal) => teller.refused(refusal),
     }
 }
 
-async fn start(args: &Receive) -> Result<TargetJob, Refusal> {
+/// A target that waits.
+struct Started {
+    job: TargetJob,
+    place: JournalPlace,
+    notes: Notes,
+}
+
+async fn start(args: &Receive) -> Result<Started, Refusal> {
     let addresses = host::resolve(&args.listen, &args.common).await?;
     let qemu = host::attach(&args.qmp, Side::Target).await?;
     let vm = qemu.vm(Side::Target).map_err(|error| Refusal::of(&error))?;
@@ -41,6 +59,11 @@ async fn start(args: &Receive) -> Result<TargetJob, Refusal> {
     let acceptor = TcpAcceptor::bind(&addresses[..]).await.map_err(listening)?;
     let address = acceptor.local_addr().map_err(listening)?;
     let journal = host::journal(qemu.process(), &args.common)?;
+    let notes = Notes::Target {
+        listen: address.to_string(),
+        ram: qemu.ram_places(),
+    };
+    let place = journal.clone();
     let job = Migration::target(vm, Box::new(acceptor), journal)
         .start()
         .await;
@@ -50,7 +73,7 @@ async fn start(args: &Receive) -> Result<TargetJob, Refusal> {
     } else {
         say::print(format_args!("Listening on ferry://{address}"));
     }
-    Ok(job)
+    Ok(Started { job, place, notes })
 }
 
 async fn see_through(mut job: TargetJob, interrupts: &mut Interrupts) -> Finished {
