@@ -1,6 +1,7 @@
 //! What can go wrong between the engine and another process.
 
 use std::io;
+use std::path::PathBuf;
 
 use nix::unistd::{Pid, Uid};
 
@@ -32,6 +33,65 @@ pub enum TraceRefusal {
     /// Its memory is marked as not dumpable, or a security module says no.
     #[error("it is not dumpable, or a security policy forbids it: run with CAP_SYS_PTRACE")]
     Policy,
+}
+
+/// Why the time of a process's threads cannot be limited.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum QuotaRefusal {
+    /// No hierarchy of control groups has the controller, or none is mounted.
+    #[error(
+        "no control groups with the cpu controller are mounted here: mount them (mount -t cgroup2 \
+         cgroup2 /sys/fs/cgroup)"
+    )]
+    NoController,
+    /// The group is not below what is mounted.
+    #[error(
+        "its control group {} cannot be reached here: run outside of the container, or give it the \
+         host's /sys/fs/cgroup", .group.display()
+    )]
+    OutOfSight {
+        /// The group.
+        group: PathBuf,
+    },
+    /// The hierarchy is mounted for reading alone.
+    #[error(
+        "its control group {} is mounted read-only: mount it for writing (mount -o remount,rw), or run \
+         outside of the container", .dir.display()
+    )]
+    ReadOnly {
+        /// The group's folder.
+        dir: PathBuf,
+    },
+    /// We may make no group there.
+    #[error(
+        "we may make no control group in {}: run as root, or have that folder and its files given to \
+         our user", .dir.display()
+    )]
+    NotPermitted {
+        /// The group's folder.
+        dir: PathBuf,
+    },
+    /// The groups above do not hand the controller on.
+    #[error(
+        "control group {} has no cpu controller: write +cpu to cgroup.subtree_control of the groups \
+         above it", .dir.display()
+    )]
+    NotEnabled {
+        /// The group's folder.
+        dir: PathBuf,
+    },
+    /// Groups below could not hold threads of their own.
+    #[error(
+        "control group {} hands {controller} on, which is for whole processes: write -{controller} to \
+         its cgroup.subtree_control", .dir.display()
+    )]
+    NotThreaded {
+        /// The group's folder.
+        dir: PathBuf,
+        /// The controller.
+        controller: String,
+    },
 }
 
 /// A failed operation on another process or on its memory.
@@ -110,6 +170,14 @@ pub enum Error {
         /// Address after the last one.
         end: u64,
     },
+    /// The time of its threads cannot be limited.
+    #[error("the time of process {pid} cannot be limited: {why}")]
+    NoQuota {
+        /// The process.
+        pid: Pid,
+        /// Why not, and what to do about it.
+        why: QuotaRefusal,
+    },
     /// A line of a file under `/proc` that we cannot read.
     #[error("cannot understand line {line:?} of {file}")]
     Proc {
@@ -162,6 +230,7 @@ impl From<Error> for VmmError {
             },
             Error::TraceRefused { .. }
             | Error::TracedByOther { .. }
+            | Error::NoQuota { .. }
             | Error::Watched { .. }
             | Error::Unwatched { .. } => Self::Unfit {
                 what: error.to_string(),

@@ -15,6 +15,7 @@
 //! | [`faults`] | pages that the process waits for, as [`Faults`](crate::vmm::Faults) |
 //! | [`passing`] | descriptors that go from process to process |
 //! | [`priority`] | threads that give way to all others |
+//! | [`quota`] | less time for some of the process's threads |
 //! | [`socket`] | how much of what was written to a socket is still queued |
 //! | [`preflight`] | whether any of it will work, and what to do if not |
 
@@ -30,6 +31,7 @@ pub mod passing;
 pub mod pidfd;
 pub mod preflight;
 pub mod priority;
+pub mod quota;
 pub mod ram_file;
 mod remote_uffd;
 pub mod shared_ram;
@@ -41,6 +43,7 @@ pub(crate) mod window_view;
 pub use error::Error;
 pub use faults::{FaultRange, RamFaults, RamPlace};
 pub use pidfd::{Process, ProcessId, RemoteFd};
+pub use quota::CpuQuota;
 pub use ram_file::{Access, RamFile};
 pub use shared_ram::{RamPart, SharedRam};
 pub use tracker::{RamTracker, TrackedRange};

@@ -182,6 +182,20 @@ impl Process {
         Ok(found)
     }
 
+    /// Every thread that the process has now, by its number in our own pid namespace.
+    pub fn threads(&self) -> Result<Vec<Pid>, Error> {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let mut folder = Dir::openat(&self.proc_dir, "task", flags, Mode::empty())
+            .map_err(|error| self.failure("open of a process's list of threads", error))?;
+        let mut found = Vec::new();
+        for entry in folder.iter() {
+            let entry = entry.map_err(|error| self.failure("reading a list of threads", error))?;
+            let number = entry.file_name().to_str().ok();
+            found.extend(number.and_then(|name| name.parse().ok()).map(Pid::from_raw));
+        }
+        Ok(found)
+    }
+
     /// Where a descriptor of the process leads, as the kernel words it.
     pub fn fd_link(&self, fd: RemoteFd) -> Result<OsString, Error> {
         let path = format!("fd/{}", fd.0);
