@@ -62,6 +62,7 @@ mod worker;
 
 pub use control::Silence;
 pub use core::encoding::Compression;
+pub use core::throttle::Throttling;
 pub use ferry_stream::{link, message};
 pub use job::{Finished, Job, Migration, TargetJob};
 pub use near::WithinHost;

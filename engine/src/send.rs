@@ -314,6 +314,7 @@ impl Driver {
             }
             Action::Unpace => self.outfit.pacer.lift(),
             Action::Pace => self.outfit.pacer.keep(),
+            Action::Throttle(percent) => self.throttle(percent),
             Action::Pause(why) => self.pause(why),
             Action::Inventory => self.inventory(),
             Action::Save => self.save(),

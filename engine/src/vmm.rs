@@ -15,7 +15,8 @@
 //! | [`Pager`] | every fault and page worker, at once | the same, served |
 //!
 //! An error from any of them before the hand-over ends the migration as kept: the guest goes on at
-//! the source as it was. So report errors early and never swallow one.
+//! the source as it was. So report errors early and never swallow one. Only a guest that cannot be
+//! slowed ([`Guest::throttle`]) is moved all the same.
 
 use std::error::Error as StdError;
 use std::fs::File;
@@ -381,6 +382,11 @@ pub trait Guest: Send {
     /// caches of disk images). Called from a thread of its own through the returned handle, so that
     /// the VM thread stays free.
     fn flusher(&mut self) -> Box<dyn FnMut() -> Result<(), VmmError> + Send>;
+
+    /// Source: leaves the running guest all but `percent` of the time that it would have, 0 to 99, each
+    /// vCPU alike; 0 gives all of it back, at once. [`Guest::restore`] does that, too. An error leaves it
+    /// as slow as it was, or anything between that and what was wanted; the move goes on without.
+    fn throttle(&mut self, percent: u8) -> Result<(), VmmError>;
 
     /// Source: pauses the guest. When it returns, no vCPU runs and all its I/O has landed in RAM.
     /// Idempotent; a guest that was paused already keeps its earlier moment. Bounded.

@@ -98,10 +98,18 @@ fn every_world_has_one_owner_and_loses_nothing() {
     println!("{deltas} deltas, {mismatches} did not fit; {mended} moved all the same");
     let shared = sum(|one| one.shared);
     println!("{shared} pages taken from the source's RAM");
+    let slowed = summaries.iter().filter(|one| one.throttled_percent > 0);
+    let slowed_and_moved = slowed.clone().filter(|one| one.source == Ending::Moved);
+    let (slowed, slowed_and_moved) = (slowed.count(), slowed_and_moved.count() as u64);
+    println!("{slowed} guests were slowed, {slowed_and_moved} of them moved");
     if seeds >= SEEDS {
         assert!(
             shared > seeds,
             "hardly a page is taken from the source's RAM"
+        );
+        assert!(
+            slowed_and_moved * 50 >= seeds,
+            "hardly a guest that was slowed has moved"
         );
         assert!(deltas > seeds, "hardly a page is told as a delta");
         assert!(mended * 2000 >= seeds, "hardly a world had to mend a page");
@@ -197,6 +205,8 @@ fn every_flaw_is_noticed_for_what_it_is() {
             }
             Flaw::RunAgain => matches!(violation, Violation::SourceRanAfterGo | Violation::TwoRun),
             Flaw::LostFact => matches!(violation, Violation::Stuck { .. }),
+            Flaw::LiftInName => matches!(violation, Violation::PausedSlow),
+            Flaw::LeftSlow => matches!(violation, Violation::LeftSlow { .. }),
             Flaw::LeftBehind => matches!(violation, Violation::LeftBehind { .. }),
         };
         assert!(fits, "{flaw:?} was noticed as: {violation}");

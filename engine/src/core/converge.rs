@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::core::layout::PAGE_SIZE;
 use crate::core::meter::RoundReport;
+use crate::core::throttle::MOST_PERCENT;
 
 /// What a rule has to go by.
 #[derive(Clone, Debug)]
@@ -19,8 +20,13 @@ pub struct View<'a> {
     pub dirty_pages: u64,
     /// What the link carries, in bytes a second; never 0.
     pub rate_bytes_per_s: u64,
-    /// What the guest writes, in bytes a second.
+    /// What the guest writes, in bytes a second, as slow as it is.
     pub dirty_bytes_per_s: u64,
+    /// By how much the guest is slowed, in percent of its time. It has all of it again before it is
+    /// stopped.
+    pub throttled_percent: u8,
+    /// Whether it may be slowed further: [`Verdict::Throttle`] means something.
+    pub may_throttle: bool,
     /// What the VMMs take of a switchover: pause, device state both ways, resume.
     pub vmm: Duration,
     /// What looking for dirty pages takes, with hardly any.
@@ -50,7 +56,9 @@ impl View<'_> {
     /// The blackout if the guest were stopped now and the machine left us alone: the floor, and what is
     /// dirty, and will be before the guest stands, at the link's rate.
     pub fn predicted_at_best(&self) -> Duration {
-        let fresh_bytes = u128::from(self.dirty_bytes_per_s) * STOP_DELAY.as_millis() / 1000;
+        let time_percent = 100 - u128::from(self.throttled_percent.min(MOST_PERCENT));
+        let unslowed = u128::from(self.dirty_bytes_per_s) * 100 / time_percent;
+        let fresh_bytes = unslowed * STOP_DELAY.as_millis() / 1000;
         let fresh_pages = u64::try_from(fresh_bytes / PAGE_SIZE as u128).unwrap_or(u64::MAX);
         let pages = self.dirty_pages.saturating_add(fresh_pages);
         self.floor().saturating_add(self.transfer(pages))
@@ -107,6 +115,9 @@ pub enum Verdict {
     Continue,
     /// Stop the guest and finish.
     Stop,
+    /// Another round, with the guest slowed, or slowed further. The same as [`Verdict::Continue`] where
+    /// [`View::may_throttle`] says no.
+    Throttle,
     /// Give up: the guest is kept.
     GiveUp,
 }
@@ -118,8 +129,9 @@ pub trait Converge: Send {
 }
 
 /// The default rule: stops when the predicted blackout fits the downtime limit, but not while a
-/// further round costs little and would still cut it; gives up when rounds no longer shrink. Where
-/// only a busy machine stands against it, it lets a few rounds go by for that to pass.
+/// further round costs little and would still cut it. When rounds no longer shrink it slows the guest
+/// where it may, step by step, and gives up where it may not, or that has not helped. Where only a busy
+/// machine stands against it, it lets a few rounds go by for that to pass.
 #[derive(Clone, Copy, Debug)]
 pub struct DowntimeLimit {
     /// How long rounds may go on without shrinking.
@@ -151,6 +163,17 @@ impl DowntimeLimit {
             unquiet: 0,
         }
     }
+
+    /// Rounds have to shrink from here, and are given all patience to.
+    fn measure_anew(&mut self, dirty_pages: u64) {
+        self.best = Some(dirty_pages);
+        self.stalled = 0;
+        self.stalled_for = Duration::ZERO;
+    }
+
+    fn is_due_a_step(&self) -> bool {
+        self.stalled >= STEP_ROUNDS && self.stalled_for >= STEP_SPAN.min(self.patience)
+    }
 }
 
 /// A round "shrinks" when it leaves less than this part of the best so far, in percent.
@@ -162,6 +185,12 @@ const PATIENCE: u32 = 12;
 /// And for how long: rounds of some milliseconds follow each other faster than a busy host becomes
 /// quiet again.
 const PATIENCE_SPAN: Duration = Duration::from_secs(3);
+
+/// Rounds in a row that do not shrink before the guest is slowed, or slowed further: one may be a burst.
+const STEP_ROUNDS: u32 = 2;
+
+/// And for how long: what a step brings shows in what is written after it.
+const STEP_SPAN: Duration = Duration::from_millis(500);
 
 /// Rounds that are let go by for a busy machine to become quiet: some tens of milliseconds.
 const UNQUIET_ROUNDS: u32 = 8;
@@ -176,9 +205,7 @@ impl Converge for DowntimeLimit {
             .best
             .is_none_or(|best| view.dirty_pages * 100 < best * SHRINK_PERCENT);
         if shrinks {
-            self.best = Some(view.dirty_pages);
-            self.stalled = 0;
-            self.stalled_for = Duration::ZERO;
+            self.measure_anew(view.dirty_pages);
         } else {
             self.stalled += 1;
             self.stalled_for += view.rounds.last().map_or(Duration::ZERO, |last| last.took);
@@ -192,6 +219,10 @@ impl Converge for DowntimeLimit {
         let negligible = view.transfer(view.dirty_pages) <= view.floor() / NEGLIGIBLE;
         if fits && (negligible || !shrinks) {
             Verdict::Stop
+        } else if !fits_at_best && view.may_throttle && self.is_due_a_step() {
+            // What came before it says nothing of a slower guest.
+            self.measure_anew(view.dirty_pages);
+            Verdict::Throttle
         } else if !fits_at_best && gives_up {
             Verdict::GiveUp
         } else {
@@ -214,6 +245,8 @@ mod tests {
             dirty_pages,
             rate_bytes_per_s: 100 * MIB_PER_S,
             dirty_bytes_per_s: 0,
+            throttled_percent: 0,
+            may_throttle: false,
             vmm: Duration::from_millis(6),
             scan: always(1),
             latency: always(1),
@@ -263,6 +296,13 @@ mod tests {
         };
         let extra = busy.predicted().saturating_sub(busy.floor());
         assert!((1900..=2000).contains(&extra.as_micros()), "{extra:?}");
+        // With all of its time again it writes 200 MiB/s.
+        let slowed = View {
+            throttled_percent: 75,
+            ..busy
+        };
+        let extra = slowed.predicted().saturating_sub(slowed.floor());
+        assert!((7900..=8000).contains(&extra.as_micros()), "{extra:?}");
     }
 
     #[test]
@@ -302,17 +342,8 @@ mod tests {
 
     #[test]
     fn short_rounds_are_given_time_to_shrink() {
-        let round = RoundReport {
-            round: Round(1),
-            dirty_pages: 10_000,
-            pages: 10_000,
-            zero_pages: 0,
-            bytes: 0,
-            took: Duration::from_millis(5),
-            dirty_bytes_per_s: 0,
-        };
         let stalled = View {
-            rounds: &[round],
+            rounds: &[round(5)],
             ..view(10_000)
         };
         let mut rule = DowntimeLimit::with_patience(Duration::from_millis(200));
@@ -320,6 +351,74 @@ mod tests {
         let went_on = verdicts.take_while(|verdict| *verdict == Verdict::Continue);
         // The first one shrinks.
         assert_eq!(went_on.count(), 40);
+    }
+
+    fn round(took_ms: u64) -> RoundReport {
+        RoundReport {
+            round: Round(1),
+            dirty_pages: 10_000,
+            pages: 10_000,
+            zero_pages: 0,
+            bytes: 0,
+            took: Duration::from_millis(took_ms),
+            dirty_bytes_per_s: 0,
+        }
+    }
+
+    /// Verdicts until one is not to continue, and that one.
+    fn until_a_verdict(rule: &mut DowntimeLimit, view: &View<'_>) -> (usize, Verdict) {
+        let mut verdicts = std::iter::repeat_with(|| rule.decide(view)).enumerate();
+        let found = verdicts.find(|(_, verdict)| *verdict != Verdict::Continue);
+        found.expect("rounds that do not shrink lead to something")
+    }
+
+    #[test]
+    fn rounds_that_do_not_shrink_slow_the_guest_as_long_as_it_may_be_slowed() {
+        let rounds = [round(300)];
+        let mut slows = View {
+            rounds: &rounds,
+            may_throttle: true,
+            ..view(10_000)
+        };
+        let mut rule = DowntimeLimit::default();
+        // The first one shrinks, whatever it leaves.
+        assert_eq!(until_a_verdict(&mut rule, &slows), (2, Verdict::Throttle));
+        assert_eq!(until_a_verdict(&mut rule, &slows), (1, Verdict::Throttle));
+        slows.dirty_pages = 8000;
+        assert_eq!(until_a_verdict(&mut rule, &slows), (2, Verdict::Throttle));
+        slows.may_throttle = false;
+        // Patience is counted from the last step.
+        let rounds = usize::try_from(PATIENCE).unwrap();
+        assert_eq!(
+            until_a_verdict(&mut rule, &slows),
+            (rounds, Verdict::GiveUp)
+        );
+    }
+
+    #[test]
+    fn a_step_is_given_time_to_show() {
+        let rounds = [round(50)];
+        let slows = View {
+            rounds: &rounds,
+            may_throttle: true,
+            ..view(10_000)
+        };
+        let mut rule = DowntimeLimit::default();
+        assert_eq!(until_a_verdict(&mut rule, &slows), (10, Verdict::Throttle));
+        let mut rule = DowntimeLimit::with_patience(Duration::from_millis(150));
+        assert_eq!(until_a_verdict(&mut rule, &slows), (3, Verdict::Throttle));
+    }
+
+    #[test]
+    fn what_fits_is_never_slowed() {
+        let rounds = [round(300)];
+        let fits = View {
+            rounds: &rounds,
+            may_throttle: true,
+            ..view(500)
+        };
+        let mut rule = DowntimeLimit::default();
+        assert_eq!(until_a_verdict(&mut rule, &fits), (1, Verdict::Stop));
     }
 
     #[test]

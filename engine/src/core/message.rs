@@ -271,6 +271,8 @@ pub enum Input {
     Disarmed,
     /// Source: disk images are flushed.
     Flushed,
+    /// Source: the guest is slowed by so much of its time, in percent.
+    Throttled(u8),
     /// Source: the guest is paused and its I/O has landed.
     Paused {
         /// The moment from which no vCPU ran.
@@ -462,6 +464,10 @@ pub enum Action {
     },
     /// Source: flush disk images. Answered by [`Input::Flushed`].
     Flush,
+    /// Source: leave the guest all but this much of its time, in percent; 0 gives all of it back. Ordered
+    /// before a pause, too: a vCPU that waits for its time may hold up the VMM. Answered by
+    /// [`Input::Throttled`].
+    Throttle(u8),
     /// Source: pause the guest. Answered by [`Input::Paused`].
     Pause(PauseFor),
     /// Source: read the inventory again. Answered by [`Input::Inventoried`].

@@ -76,6 +76,10 @@ pub struct Report {
     pub lanes: u16,
     /// Page lanes that died, or could not be opened.
     pub lanes_lost: u32,
+    /// By how much the guest is slowed, in percent of its time: 0, unless that could not be undone.
+    pub throttled_percent: u8,
+    /// The most that it was slowed by.
+    pub throttled_percent_max: u8,
     /// What came after the guest. `None` when it was not handed over before its pages.
     pub postcopy: Option<PostcopyReport>,
     /// Target: how faults were served. `None` when there was nothing to wait for.
@@ -150,6 +154,10 @@ pub struct Progress {
     pub lanes_lost: u32,
     /// The downtime limit that holds.
     pub downtime_limit: Duration,
+    /// By how much the guest is slowed, in percent of its time.
+    pub throttled_percent: u8,
+    /// The most that it was slowed by so far.
+    pub throttled_percent_max: u8,
     /// How the bytes of pages were packed so far.
     pub encoding: EncodingTotals,
     /// The guest was given away: it is too late to give up.
@@ -446,6 +454,8 @@ impl Meter {
             lanes_lost: 0,
             postcopy: self.postcopy(),
             fetched: None,
+            throttled_percent: 0,
+            throttled_percent_max: 0,
         }
     }
 }

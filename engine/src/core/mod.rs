@@ -13,3 +13,4 @@ pub mod pageset;
 pub mod postcopy;
 pub mod source;
 pub mod target;
+pub mod throttle;

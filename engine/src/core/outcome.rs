@@ -29,6 +29,8 @@ pub enum Step {
     Flush,
     /// Opening the device state.
     OpenState,
+    /// Slowing the guest, or giving it all of its time back.
+    Throttle,
     /// Pausing the guest.
     Pause,
     /// Reading the inventory again.
@@ -64,6 +66,7 @@ impl fmt::Display for Step {
             Self::Pages => "moving pages",
             Self::Flush => "flushing disk images",
             Self::OpenState => "opening the device state",
+            Self::Throttle => "slowing the guest",
             Self::Pause => "pausing the guest",
             Self::Inventory => "reading the inventory",
             Self::Save => "saving the device state",
@@ -110,6 +113,13 @@ pub enum Notice {
         limit: Duration,
         /// What counts.
         floor: Duration,
+    },
+    /// Rounds do not shrink: the guest is slowed by so much of its time, in percent.
+    Throttled(u8),
+    /// The guest cannot be slowed; the move goes on without. Told once.
+    NotThrottled {
+        /// Why.
+        what: String,
     },
     /// The time-out has passed: the guest is paused and the move finishes.
     TimeoutSuspends,

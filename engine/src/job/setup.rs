@@ -19,6 +19,7 @@ use crate::core::encoding::Compression;
 use crate::core::message::{Input, Notice, Record};
 use crate::core::source::{AtTimeout, LanePlan, Postcopy, Source, SourceConfig, SourceLimits};
 use crate::core::target::{Target, TargetConfig, TargetLimits};
+use crate::core::throttle::Throttling;
 use crate::journal::{Entry, Journal, JournalError};
 use crate::near::WithinHost;
 use crate::near::lender::Lender;
@@ -126,6 +127,7 @@ impl Migration {
             timeout: None,
             postcopy: Postcopy::Never,
             at_timeout: AtTimeout::Suspend,
+            throttling: None,
             features: offered(Compression::default()),
             lanes: LanePlan::Fixed(NonZeroU16::MIN),
             switchover_floor: DEFAULT_SWITCHOVER_FLOOR,
@@ -209,6 +211,14 @@ impl SourceBuilder {
     #[must_use]
     pub fn with_postcopy(mut self, postcopy: Postcopy) -> Self {
         self.config.postcopy = postcopy;
+        self
+    }
+
+    /// Slows the guest, step by step, when rounds of a live move do not shrink. It has all of its time
+    /// again before it is stopped, and wherever it stays. Default never.
+    #[must_use]
+    pub fn with_auto_converge(mut self, throttling: Throttling) -> Self {
+        self.config.throttling = Some(throttling);
         self
     }
 

@@ -281,7 +281,7 @@ async fn check_process(monitor: &Monitor, process: &Process) -> Result<(), VmmEr
     let Some(vcpu) = vcpus.first() else {
         return Ok(());
     };
-    if has_thread(process.pid(), vcpu.thread_id) {
+    if has_thread(process, vcpu.thread_id) {
         return Ok(());
     }
     Err(VmmError::Unfit {
@@ -294,19 +294,19 @@ async fn check_process(monitor: &Monitor, process: &Process) -> Result<(), VmmEr
 }
 
 /// Whether a thread of the process has the number `thread` in its own pid namespace.
-fn has_thread(pid: Pid, thread: i32) -> bool {
-    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
-        return false;
-    };
-    threads.flatten().any(|entry| {
-        std::fs::read_to_string(entry.path().join("status")).is_ok_and(|status| {
-            let innermost = status
-                .lines()
-                .find_map(|line| line.strip_prefix("NSpid:"))
-                .and_then(|numbers| numbers.split_whitespace().next_back());
-            innermost.and_then(|number| number.parse().ok()) == Some(thread)
-        })
-    })
+fn has_thread(process: &Process, thread: i32) -> bool {
+    let threads = process.threads().unwrap_or_default();
+    let own = |ours: Pid| own_number(process.pid(), ours);
+    threads.into_iter().any(|ours| own(ours) == Some(thread))
+}
+
+/// The number that a thread of process `pid` has in its own pid namespace.
+pub(super) fn own_number(pid: Pid, thread: Pid) -> Option<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/status")).ok()?;
+    let numbers = status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:"))?;
+    numbers.split_whitespace().next_back()?.parse().ok()
 }
 
 async fn identify(monitor: &Monitor) -> Result<Identity, VmmError> {

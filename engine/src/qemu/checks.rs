@@ -45,6 +45,8 @@ pub enum ProblemCode {
     Ptrace,
     /// QEMU may not use userfaultfd.
     Userfaultfd,
+    /// The guest cannot be slowed.
+    Throttle,
 }
 
 impl ProblemCode {
@@ -63,6 +65,7 @@ impl ProblemCode {
             Self::Kernel => "kernel",
             Self::Ptrace => "ptrace",
             Self::Userfaultfd => "userfaultfd",
+            Self::Throttle => "throttle",
         }
     }
 }
@@ -91,7 +94,11 @@ impl fmt::Display for Problem {
 }
 
 impl Problem {
-    fn new(code: ProblemCode, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(super) fn new(
+        code: ProblemCode,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
         Self {
             code,
             found: found.into(),

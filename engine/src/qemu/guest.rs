@@ -8,24 +8,29 @@ use ferry_qmp::commands::{AnnounceSelf, Cont, Quit, Stop};
 use super::attach::Inner;
 use super::flush::Flusher;
 use super::monitor::{Own, millis};
+use super::throttle::{self, Throttle};
 use super::{inventory, limits};
 use crate::vmm::{EventSink, Guest, Inventory, PauseFor, RunState, Stopped, VmmError};
 
 /// The guest in a QEMU.
 pub struct QemuGuest {
     qemu: Arc<Inner>,
+    throttle: Throttle,
 }
 
 impl QemuGuest {
     pub(super) fn new(qemu: Arc<Inner>) -> Self {
-        Self { qemu }
+        Self {
+            qemu,
+            throttle: Throttle::default(),
+        }
     }
 }
 
 impl Guest for QemuGuest {
     fn watch(&mut self, sink: EventSink) -> Result<(), VmmError> {
         self.qemu.monitor().watch(sink);
-        Ok(())
+        throttle::clear_leftovers(self.qemu.process())
     }
 
     fn inventory(&mut self) -> Result<Inventory, VmmError> {
@@ -44,6 +49,10 @@ impl Guest for QemuGuest {
     fn flusher(&mut self) -> Box<dyn FnMut() -> Result<(), VmmError> + Send> {
         let flusher = Flusher::new(Arc::clone(self.qemu.process()));
         Box::new(move || flusher.flush())
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), VmmError> {
+        self.throttle.set(&self.qemu, percent)
     }
 
     fn pause(&mut self, why: PauseFor) -> Result<Stopped, VmmError> {
@@ -72,15 +81,17 @@ impl Guest for QemuGuest {
     }
 
     fn restore(&mut self) -> Result<(), VmmError> {
+        let cleared = self.throttle.clear();
         let qemu = &self.qemu;
-        qemu.with_session(|session| {
+        let restored = qemu.with_session(|session| {
             let Some(settings) = &session.settings else {
                 return Ok(());
             };
             qemu.runtime().block_on(settings.restore(qemu.monitor()))?;
             session.settings = None;
             Ok(())
-        })
+        });
+        cleared.and(restored)
     }
 
     fn quit(&mut self) -> Result<(), VmmError> {

@@ -36,6 +36,7 @@ mod ram;
 mod settings;
 mod socket;
 mod state;
+mod throttle;
 
 pub use attach::{Options, Qemu};
 pub use checks::{Problem, ProblemCode};

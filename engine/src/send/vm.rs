@@ -22,6 +22,14 @@ impl Driver {
         });
     }
 
+    pub(super) fn throttle(&self, percent: u8) {
+        self.vm.order(Step::Throttle, move |vm| {
+            vm.guest
+                .throttle(percent)
+                .map(|()| Input::Throttled(percent))
+        });
+    }
+
     pub(super) fn inventory(&self) {
         self.vm.order(Step::Inventory, |vm| {
             vm.guest

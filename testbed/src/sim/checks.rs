@@ -142,6 +142,15 @@ pub enum Violation {
         /// How it should be.
         wanted: String,
     },
+    /// The guest was paused while it was slowed.
+    #[error("the guest was paused while it lacked time")]
+    PausedSlow,
+    /// The guest was kept, and is slowed still.
+    #[error("the guest was kept and lacks {percent} % of its time")]
+    LeftSlow {
+        /// How much of its time it lacks, in percent.
+        percent: u8,
+    },
     /// An order of a person's was not followed.
     #[error("a downtime limit of {wanted:?} was ordered, {holds:?} holds")]
     Disobeyed {
@@ -186,6 +195,10 @@ pub(super) struct Truth {
     pub(super) late_fate: bool,
     /// The source has begun to put things back.
     pub(super) undoing: bool,
+    /// The engine paused the guest while it was slow, and had not been told that it may be.
+    pub(super) paused_slow: bool,
+    /// The guest's time could not be given back, the last time that this was tried.
+    pub(super) lift_failed: bool,
     /// Tracking could not be ended, or the VMM not: said aloud by the engine.
     pub(super) excused: bool,
 }

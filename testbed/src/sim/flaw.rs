@@ -47,13 +47,17 @@ pub enum Flaw {
     EndBeforeScan,
     /// Pages are read before writes to them are reported.
     ReadBeforeWatched,
+    /// The guest is said to have all of its time, and has not.
+    LiftInName,
+    /// A guest that is slow is left so where everything else is put back.
+    LeftSlow,
     /// Pages are read before the scan gets to them, with those that are dirty anyway.
     ReadBeforeScanned,
 }
 
 impl Flaw {
     /// Every flaw.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::ForgottenPage,
         Self::UnseenWrite,
         Self::EarlyLastCollection,
@@ -77,5 +81,7 @@ impl Flaw {
         Self::EndBeforeScan,
         Self::ReadBeforeWatched,
         Self::ReadBeforeScanned,
+        Self::LiftInName,
+        Self::LeftSlow,
     ];
 }

@@ -129,6 +129,8 @@ pub(super) struct Vm {
     pub(super) device: u64,
     /// Whether it runs.
     pub(super) power: Power,
+    /// By how much of its time it is slowed, in percent.
+    pub(super) slowed: u8,
     /// Who let it run.
     pub(super) run_by: RunBy,
     /// False once the VMM has ended.
@@ -147,6 +149,7 @@ impl Vm {
             ram: Memory::new(layout),
             device: 0,
             power: Power::Paused,
+            slowed: 0,
             run_by: RunBy::Engine,
             alive: true,
             has_run: false,

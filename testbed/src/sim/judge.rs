@@ -50,7 +50,7 @@ impl World {
         }
     }
 
-    /// One owner, at every step.
+    /// One owner, at every step, and none that is slow while it is handed over.
     pub(super) fn check_owners(&self) -> Result<(), Violation> {
         let runs = |side: Side| {
             let vm = &self.at(side).vm;
@@ -58,6 +58,9 @@ impl World {
         };
         if runs(Side::Source) && runs(Side::Target) {
             return Err(Violation::TwoRun);
+        }
+        if self.truth.paused_slow {
+            return Err(Violation::PausedSlow);
         }
         if runs(Side::Source) && self.truth.given.is_some() && !self.truth.given_back {
             return Err(Violation::SourceRanAfterGo);
@@ -129,6 +132,10 @@ impl World {
 
     fn check_kept(&self, left: &GuestLeft) -> Result<(), Violation> {
         let vm = &self.at(Side::Source).vm;
+        if vm.alive && vm.slowed > 0 && !self.truth.excused {
+            let percent = vm.slowed;
+            return Err(Violation::LeftSlow { percent });
+        }
         if self.truth.late_fate || vm.power == Power::Off || matches!(left, GuestLeft::Damaged(_)) {
             return Ok(());
         }

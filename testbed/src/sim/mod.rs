@@ -51,6 +51,8 @@ pub struct Summary {
     pub steps: u64,
     /// Page lanes that the source lost.
     pub lanes_lost: u32,
+    /// The most that the guest was slowed by, in percent of its time.
+    pub throttled_percent: u8,
     /// Pages told as deltas.
     pub deltas: u64,
     /// Pages told by name alone, which the target took from the source's RAM.

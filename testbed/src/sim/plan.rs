@@ -9,6 +9,7 @@ use ferry_engine::core::growth::Room;
 use ferry_engine::core::message::{Command, Phase};
 use ferry_engine::core::source::{AtTimeout, LanePlan, Postcopy, SourceConfig, SourceLimits};
 use ferry_engine::core::target::{TargetConfig, TargetLimits};
+use ferry_engine::core::throttle::Throttling;
 use ferry_engine::vmm::RunState;
 use ferry_stream::message::{Features, Mode, SessionId};
 
@@ -146,7 +147,7 @@ pub(super) struct Plan {
 pub(super) enum Rule {
     /// The engine's own.
     Engine,
-    /// Stops after so many rounds.
+    /// Stops after so many rounds, and slows the guest in every one before, where it may.
     After(u32),
 }
 
@@ -168,7 +169,7 @@ impl Converge for AfterRounds {
         if view.rounds.len() >= self.0 as usize {
             Verdict::Stop
         } else {
-            Verdict::Continue
+            Verdict::Throttle
         }
     }
 }
@@ -245,6 +246,7 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
         downtime_limit: rng.micros(1..=4000),
         postcopy: Postcopy::Never,
         at_timeout: AtTimeout::Suspend,
+        throttling: throttling(rng),
         timeout: rng.percent(30).then(|| rng.micros(100..=50_000)),
         lanes: lanes(rng),
         features: features(rng),
@@ -266,6 +268,16 @@ fn source_config(rng: &mut Rng) -> SourceConfig {
             settling: rng.micros(0..=2000),
         },
     }
+}
+
+/// As often as not; in small steps, large ones and those that are usual.
+fn throttling(rng: &mut Rng) -> Option<Throttling> {
+    let mut percent = || rng.pick(&[1, 10, 20, 50, 99]);
+    let steps = Throttling {
+        initial_percent: percent(),
+        increment_percent: percent(),
+    };
+    rng.percent(50).then_some(steps)
 }
 
 /// Each of them at least as often as not.

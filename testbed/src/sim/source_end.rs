@@ -43,6 +43,7 @@ impl World {
                 ..
             } => self.copy(round, &pages, zeros, rewritten, deltas),
             Action::Flush => self.order(HERE, Job::Flush),
+            Action::Throttle(percent) => self.order(HERE, Job::Throttle(percent)),
             Action::Pause(_) => self.order(HERE, Job::Pause),
             Action::Inventory => self.order(HERE, Job::Inventory),
             Action::Save => self.order(HERE, Job::Save),
@@ -112,6 +113,7 @@ impl World {
         }
         let fact = match job {
             Job::OpenState => Input::StateOpen,
+            Job::Throttle(percent) => self.throttle(percent),
             Job::Pause => self.pause_source(),
             Job::Inventory => Input::Inventoried(Box::new(self.inventory_now())),
             Job::Save => self.save(),
@@ -149,6 +151,13 @@ impl World {
                 self.report(HERE, thread, Input::Undone(Err(failure)));
                 return;
             }
+            Job::Throttle(percent) => {
+                if self.rng.percent(50) {
+                    self.end(HERE).vm.slowed = *percent;
+                }
+                // It says so, and nobody can do more before everything is put back.
+                self.truth.lift_failed = *percent == 0;
+            }
             Job::Pause if self.rng.percent(50) => self.end(HERE).vm.pause(),
             Job::Save => self.device_writes(1),
             // What it has handed on is on its way.
@@ -160,7 +169,21 @@ impl World {
         self.failed(HERE, thread, step);
     }
 
+    fn throttle(&mut self, percent: u8) -> Input {
+        let in_name = match self.flaw {
+            Some(Flaw::LiftInName) => percent == 0,
+            Some(Flaw::LeftSlow) => percent == 0 && self.truth.undoing,
+            _ => false,
+        };
+        if !in_name {
+            self.end(HERE).vm.slowed = percent;
+        }
+        self.truth.lift_failed = false;
+        Input::Throttled(percent)
+    }
+
     fn pause_source(&mut self) -> Input {
+        self.truth.paused_slow |= self.at(HERE).vm.slowed > 0 && !self.truth.lift_failed;
         if self.flaw != Some(Flaw::PauseInName) {
             self.end(HERE).vm.pause();
         }
@@ -215,6 +238,9 @@ impl World {
 
     /// Puts the source back, and lets the guest run if that is wanted.
     fn undo(&mut self, guest: RunState) -> Input {
+        if self.flaw != Some(Flaw::LeftSlow) {
+            self.end(HERE).vm.slowed = 0;
+        }
         match guest {
             RunState::Running => self.let_run(HERE, RunBy::Engine),
             RunState::Paused => self.end(HERE).vm.pause(),

@@ -34,6 +34,8 @@ pub(super) const THREADS: usize = 7;
 pub(super) enum Job {
     /// Source.
     OpenState,
+    /// Source: to so much less time, in percent.
+    Throttle(u8),
     /// Source.
     Pause,
     /// Source.
@@ -85,6 +87,7 @@ impl Job {
     pub(super) fn step(&self) -> Step {
         match self {
             Self::OpenState => Step::OpenState,
+            Self::Throttle(_) => Step::Throttle,
             Self::Pause => Step::Pause,
             Self::Inventory => Step::Inventory,
             Self::Save => Step::Save,

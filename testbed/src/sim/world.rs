@@ -350,7 +350,8 @@ impl World {
         }
         self.end(side).ticking = true;
         let span = self.plan.tick / 2 + self.rng.micros(1..=50).min(self.plan.tick);
-        self.after(span, Event::Tick(side));
+        let time_percent = 100 - u32::from(self.at(side).vm.slowed);
+        self.after(span * 100 / time_percent, Event::Tick(side));
     }
 
     /// Lets a guest run and keeps it busy.
@@ -374,13 +375,15 @@ impl World {
             let outcome = self.at(side).outcome.as_ref();
             outcome.map_or(Ending::InDoubt, Ending::of)
         };
+        let report = self.source.report(Moment(self.now));
         Summary {
             source: ending(Side::Source),
             target: ending(Side::Target),
             reason: self.at(Side::Source).outcome.as_ref().and_then(reason),
             lasted: self.now,
             steps: self.steps,
-            lanes_lost: self.source.report(Moment(self.now)).lanes_lost,
+            lanes_lost: report.lanes_lost,
+            throttled_percent: report.throttled_percent_max,
             deltas: self.bases.told,
             shared: self.shared,
             mismatches: self.bases.mismatched,

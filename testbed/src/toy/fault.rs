@@ -26,6 +26,7 @@ pub enum Call {
     Inventory,
     RunState,
     Flush,
+    Throttle,
     Pause,
     Resume,
     Restore,

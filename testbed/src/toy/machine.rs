@@ -1,11 +1,12 @@
 //! The running toy: vCPU threads that rewrite pages, and what the engine does to them.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ferry_engine::core::layout::PAGE_SIZE;
+use ferry_engine::core::throttle::MOST_PERCENT;
 use ferry_engine::vmm::{
     EventSink, Guest, GuestEvent, Inventory, PauseFor, RunState, Stopped, VmmError,
 };
@@ -26,6 +27,10 @@ pub(super) struct Machine {
     pub(super) inventory: Mutex<Inventory>,
     /// Page writes a second, of all vCPUs together.
     pub(super) rate_pages_per_s: AtomicU64,
+    /// By how much of its time the guest is slowed, in percent.
+    pub(super) throttled_percent: AtomicU8,
+    /// Set once it was paused while it was slow.
+    pub(super) paused_slow: AtomicBool,
     /// Set while the engine has the VMM's settings changed.
     pub(super) changed: AtomicBool,
     vcpus: usize,
@@ -65,6 +70,8 @@ impl Machine {
             faults,
             inventory: Mutex::new(inventory),
             rate_pages_per_s: AtomicU64::new(0),
+            throttled_percent: AtomicU8::new(0),
+            paused_slow: AtomicBool::new(false),
             changed: AtomicBool::new(false),
             vcpus,
             gate: Mutex::default(),
@@ -154,11 +161,19 @@ impl Machine {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the next beat of a running guest; false when the VMM ends.
+    /// The part of its time that the guest has, in percent.
+    fn time_percent(&self) -> u32 {
+        let lacks = self.throttled_percent.load(Ordering::SeqCst);
+        u32::from(100 - lacks.min(MOST_PERCENT))
+    }
+
+    /// Waits for the next beat of a running guest; false when the VMM ends. A slow guest waits longer.
     fn beat(&self) -> bool {
         let mut gate = self.gate();
         if gate.running && !gate.quit {
-            let waited = self.moved.wait_timeout(gate, BEAT);
+            let waited = self
+                .moved
+                .wait_timeout(gate, BEAT * 100 / self.time_percent());
             gate = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         if !gate.running {
@@ -217,7 +232,9 @@ impl Vcpu {
         if self.pages.is_empty() || share == 0 {
             return 0;
         }
-        let span = self.began.elapsed().min(2 * BEAT);
+        let time_percent = self.machine.time_percent();
+        let longest = 2 * BEAT * 100 / time_percent;
+        let span = self.began.elapsed().min(longest) * time_percent / 100;
         let micros = u64::try_from(span.as_micros()).unwrap_or(0);
         let due = (share * micros / 1_000_000).max(1);
         self.began = Instant::now();
@@ -263,8 +280,16 @@ impl Guest for ToyGuest {
         Box::new(move || faults.hit(Call::Flush))
     }
 
+    fn throttle(&mut self, percent: u8) -> Result<(), VmmError> {
+        self.hit(Call::Throttle)?;
+        self.0.throttled_percent.store(percent, Ordering::SeqCst);
+        Ok(())
+    }
+
     fn pause(&mut self, _why: PauseFor) -> Result<Stopped, VmmError> {
         self.hit(Call::Pause)?;
+        let is_slow = self.0.throttled_percent.load(Ordering::SeqCst) > 0;
+        self.0.paused_slow.fetch_or(is_slow, Ordering::SeqCst);
         let at = self.0.park();
         Ok(Stopped {
             at,
@@ -281,6 +306,7 @@ impl Guest for ToyGuest {
     fn restore(&mut self) -> Result<(), VmmError> {
         self.hit(Call::Restore)?;
         self.0.changed.store(false, Ordering::SeqCst);
+        self.0.throttled_percent.store(0, Ordering::SeqCst);
         Ok(())
     }
 

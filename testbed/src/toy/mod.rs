@@ -175,9 +175,21 @@ impl Toy {
         self.machine.has_quit()
     }
 
-    /// True when nothing of a migration is left: no tracking, no changed setting.
+    /// True when nothing of a migration is left: no tracking, no changed setting, a guest with all of its
+    /// time.
     pub fn is_clean(&self) -> bool {
-        !self.machine.memory.log().is_on() && !self.machine.changed.load(Ordering::SeqCst)
+        let is_changed = self.machine.changed.load(Ordering::SeqCst);
+        !self.machine.memory.log().is_on() && !is_changed && self.throttled_percent() == 0
+    }
+
+    /// By how much of its time the guest is slowed, in percent.
+    pub fn throttled_percent(&self) -> u8 {
+        self.machine.throttled_percent.load(Ordering::SeqCst)
+    }
+
+    /// Whether it was ever paused while it was slow.
+    pub fn was_paused_slow(&self) -> bool {
+        self.machine.paused_slow.load(Ordering::SeqCst)
     }
 
     /// Pauses the guest, as somebody at the VMM's own console would; says so to nobody.

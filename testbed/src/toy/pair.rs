@@ -134,6 +134,7 @@ impl Pair {
         let (source, target) = (&ended.source.outcome, &ended.target.outcome);
         let seen = format!("source {source:?}\ntarget {target:?}");
         assert!(!self.world.ran_twice(), "two VMMs ran the guest: {seen}");
+        assert!(!self.source.was_paused_slow(), "paused slow: {seen}");
         let owner = match (source, target) {
             (Outcome::Moved, Outcome::Moved) => {
                 assert!(self.source.has_quit(), "the source lives on: {seen}");

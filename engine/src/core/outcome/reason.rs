@@ -120,8 +120,10 @@ pub enum Reason {
     /// The rounds do not shrink.
     #[error(
         "not converging: stopping now would take {predicted_ms} ms, the limit is {limit_ms} ms \
-         (dirty {dirty_bytes_per_s} B/s, link {link_bytes_per_s} B/s): raise --max-downtime, \
-         use --timeout, or move it without --live"
+         (dirty {dirty_bytes_per_s} B/s, link {link_bytes_per_s} B/s{}): raise --max-downtime, \
+         use {}--timeout, or move it without --live",
+        slowed(*.throttled_percent),
+        if .throttled_percent.is_none() { "--auto-converge or " } else { "" }
     )]
     NotConverging {
         /// The blackout that stopping now would cost, in ms.
@@ -132,6 +134,8 @@ pub enum Reason {
         dirty_bytes_per_s: u64,
         /// What the link carries, in bytes a second.
         link_bytes_per_s: u64,
+        /// By how much the guest was slowed, in percent of its time; `None` when that was not asked for.
+        throttled_percent: Option<u8>,
     },
     /// The target cannot have a guest without all of its pages.
     #[error(
@@ -177,6 +181,13 @@ pub fn in_full(error: &dyn StdError) -> String {
         cause = error.source();
     }
     text
+}
+
+fn slowed(percent: Option<u8>) -> String {
+    match percent {
+        None | Some(0) => String::new(),
+        Some(percent) => format!(", slowed by {percent} %"),
+    }
 }
 
 fn several(reasons: &[Reason]) -> String {

@@ -55,6 +55,7 @@ pub(super) fn config() -> SourceConfig {
         timeout: None,
         postcopy: Postcopy::Never,
         at_timeout: AtTimeout::Suspend,
+        throttling: None,
         features: Features::NONE,
         lanes: LanePlan::Fixed(NonZeroU16::new(2).unwrap()),
         switchover_floor: Duration::from_millis(10),

@@ -8,6 +8,7 @@ use ferry_stream::message::{Features, Mode, SessionId};
 
 use super::postcopy::Postcopy;
 use crate::core::growth::Room;
+use crate::core::throttle::Throttling;
 use crate::vmm::RunState;
 
 /// What a source is told beforehand.
@@ -27,6 +28,8 @@ pub struct SourceConfig {
     pub postcopy: Postcopy,
     /// What the time-out does.
     pub at_timeout: AtTimeout,
+    /// How the guest is slowed when rounds do not shrink; `None` for never.
+    pub throttling: Option<Throttling>,
     /// Page lanes to open.
     pub lanes: LanePlan,
     /// What the lanes are able to do with pages, for the target to choose from.

@@ -55,6 +55,13 @@ impl Shared {
             Input::Failed(failure) if failure.step == Step::Journal => {
                 self.unwritten(state, failure)
             }
+            Input::Throttled(percent) => {
+                self.throttled(percent);
+                state
+            }
+            Input::Failed(failure) if failure.step == Step::Throttle => {
+                self.not_throttled(state, &failure)
+            }
             Input::Failed(failure) => state.trouble(self, Reason::Failed(failure)),
             Input::Guest(event) => self.guest_event(state, event),
             Input::Command(command) => self.command(state, command),

@@ -110,6 +110,7 @@ impl Shared {
         self.timeout = None;
         self.send(reason.abort());
         self.link = Link::Down;
+        self.lift_throttle();
         self.actions.push_back(Action::Undo { guest: self.wanted });
         let why = if self.hardware == Hardware::Due && blames_the_peer(&reason) {
             self.read_hardware();

@@ -101,6 +101,6 @@ impl Shared {
 
     pub(super) fn order_hold(&mut self) {
         self.hold_ordered = true;
-        self.actions.push_back(Action::Pause(PauseFor::Copy));
+        self.pause(PauseFor::Copy);
     }
 }

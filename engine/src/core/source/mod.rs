@@ -35,6 +35,9 @@ mod precopy;
 mod round;
 #[cfg(test)]
 mod scan_tests;
+mod slowing;
+#[cfg(test)]
+mod slowing_tests;
 mod switchover;
 #[cfg(test)]
 mod tests;
@@ -54,6 +57,7 @@ use self::lanes::Lanes;
 pub use self::postcopy::Postcopy;
 use self::postcopy::Switching;
 use self::precopy::{Collecting, Copying, Holding, Preparing};
+use self::slowing::Slowing;
 use self::switchover::{Asking, Draining, Given, Giving, Offering, Stopping};
 use crate::core::converge::Converge;
 use crate::core::growth::Growth;
@@ -124,6 +128,7 @@ struct Shared {
     /// When the engine paused the guest for a copy, if it did.
     held: Option<Moment>,
     hold_ordered: bool,
+    slowing: Slowing,
     flush: Flush,
     hardware: Hardware,
     heat: Heat,
@@ -193,6 +198,7 @@ impl Source {
             wanted: guest,
             held: None,
             hold_ordered: false,
+            slowing: Slowing::new(config.throttling),
             flush: Flush::None,
             hardware: Hardware::Offered,
             heat: Heat::new(&inventory.layout),
@@ -311,10 +317,12 @@ impl Source {
 
     /// The figures so far.
     pub fn report(&self, now: Moment) -> Report {
-        let lanes = &self.shared.lanes;
+        let Shared { lanes, slowing, .. } = &self.shared;
         Report {
             lanes: lanes.most(),
             lanes_lost: lanes.lost(),
+            throttled_percent: slowing.percent(),
+            throttled_percent_max: slowing.most(),
             ..self.shared.meter.report(now)
         }
     }

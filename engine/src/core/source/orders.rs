@@ -5,6 +5,7 @@ use std::time::Duration;
 use ferry_stream::message::{Features, Hello, Message, Mode, Offer, Purpose, RegionInfo, Versions};
 
 use super::postcopy::Postcopy;
+use super::slowing::Slowing;
 use super::{Link, Shared, SourceConfig, State};
 use crate::core::converge::{Verdict, View};
 use crate::core::message::{Action, GuestLeft, Moment, Notice, Outcome, Reason, Record};
@@ -105,12 +106,14 @@ impl Shared {
     }
 
     pub(super) fn view(&self, dirty_pages: u64) -> View<'_> {
-        view(&self.config, &self.meter, self.now, dirty_pages)
+        let Self { config, meter, .. } = self;
+        view(config, meter, &self.slowing, self.now, dirty_pages)
     }
 
     /// What the rule says to `dirty_pages` left to send.
     pub(super) fn verdict(&mut self, dirty_pages: u64) -> Verdict {
-        let view = view(&self.config, &self.meter, self.now, dirty_pages);
+        let Self { config, meter, .. } = self;
+        let view = view(config, meter, &self.slowing, self.now, dirty_pages);
         self.converge.decide(&view)
     }
 
@@ -131,12 +134,20 @@ impl Shared {
     }
 }
 
-fn view<'a>(config: &SourceConfig, meter: &'a Meter, now: Moment, dirty_pages: u64) -> View<'a> {
+fn view<'a>(
+    config: &SourceConfig,
+    meter: &'a Meter,
+    slowing: &Slowing,
+    now: Moment,
+    dirty_pages: u64,
+) -> View<'a> {
     View {
         rounds: meter.rounds(),
         dirty_pages,
         rate_bytes_per_s: meter.rate(now),
         dirty_bytes_per_s: meter.dirty_rate(),
+        throttled_percent: slowing.percent(),
+        may_throttle: slowing.has_more(),
         vmm: config.switchover_floor,
         scan: meter.scan(),
         latency: meter.latency(),

@@ -311,11 +311,14 @@ impl Shared {
             }
             // A guest that stands must not wait for a lane to be opened.
             Verdict::Stop if self.lanes.up() > 0 => self.stop(dirty),
-            Verdict::GiveUp if self.timeout.is_none() && !self.hold_ordered => {
+            Verdict::GiveUp if self.gives_up() => {
                 let reason = self.not_converging(dirty.len());
                 self.undo(reason)
             }
-            Verdict::Stop | Verdict::GiveUp | Verdict::Continue => {
+            verdict => {
+                if verdict == Verdict::Throttle {
+                    self.throttle();
+                }
                 self.order_flush();
                 let most = self.view(0).may_wait();
                 self.heat.hold(hot, &mut dirty, most);
@@ -323,6 +326,12 @@ impl Shared {
                 self.copy_live(dirty)
             }
         }
+    }
+
+    /// Nothing will make rounds shrink: no time-out, no pause that is under way, no step whose outcome is
+    /// not known yet.
+    fn gives_up(&self) -> bool {
+        self.timeout.is_none() && !self.hold_ordered && self.slowing.is_settled()
     }
 
     fn tell_floor(&mut self) {
@@ -342,6 +351,7 @@ impl Shared {
             limit_ms: ms(view.effective_limit()),
             dirty_bytes_per_s: view.dirty_bytes_per_s,
             link_bytes_per_s: view.rate_bytes_per_s,
+            throttled_percent: self.config.throttling.map(|_| self.slowing.percent()),
         }
     }
 
@@ -352,7 +362,7 @@ impl Shared {
         let now = self.now;
         self.meter.blackout(|watch| watch.copied(now));
         self.abandon_opening_lanes();
-        self.actions.push_back(Action::Pause(PauseFor::Switchover));
+        self.pause(PauseFor::Switchover);
         self.bound(self.config.limits.stopping);
         State::Stopping(super::Stopping { dirty })
     }
@@ -377,6 +387,8 @@ impl Shared {
             lanes: self.lanes.up(),
             lanes_lost: self.lanes.lost(),
             downtime_limit: self.config.downtime_limit,
+            throttled_percent: self.slowing.percent(),
+            throttled_percent_max: self.slowing.most(),
             encoding: EncodingTotals::default(),
             given_away: self.given_away,
             postcopy: self.way,

@@ -149,6 +149,12 @@ pub struct Figures {
     pub predicted_blackout_ms: Option<u64>,
     /// The downtime limit.
     pub max_downtime_ms: u64,
+    /// By how much the guest is slowed, in percent of its time.
+    #[serde(default)]
+    pub throttled_percent: u8,
+    /// The most that it was slowed by so far.
+    #[serde(default)]
+    pub throttled_percent_max: u8,
     /// To the end of this round at the present rate.
     pub left_ms: Option<u64>,
     /// Page lanes that stand.
@@ -184,6 +190,8 @@ impl From<&Progress> for Figures {
             dirty_bytes_per_s: look.dirty_bytes_per_s,
             predicted_blackout_ms: look.predicted_blackout.map(ms),
             max_downtime_ms: ms(look.downtime_limit),
+            throttled_percent: look.throttled_percent,
+            throttled_percent_max: look.throttled_percent_max,
             left_ms: look.left.map(ms),
             lanes: look.lanes,
             lanes_lost: look.lanes_lost,

@@ -222,6 +222,8 @@ fn look(phase: Phase) -> Progress {
         lanes: 2,
         lanes_lost: 0,
         downtime_limit: Duration::from_millis(100),
+        throttled_percent: 0,
+        throttled_percent_max: 0,
         encoding: EncodingTotals::default(),
         given_away: false,
         postcopy: Way::Closed,
