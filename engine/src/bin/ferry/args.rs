@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, value_parser};
 use ferry_engine::core::source::{AtTimeout, LanePlan, MAX_LANES, Postcopy};
+use ferry_engine::core::throttle::MOST_PERCENT;
 use ferry_engine::host::control::{JobName, MAX_DOWNTIME_MS, Speed};
-use ferry_engine::{Compression, WithinHost};
+use ferry_engine::{Compression, Throttling, WithinHost};
 
 /// The longest `--timeout`: a year, which clocks and timers can still hold.
 const MAX_TIMEOUT_S: u64 = 365 * 24 * 60 * 60;
@@ -137,6 +138,19 @@ pub(crate) struct Migrate {
     #[arg(long, requires_all = ["timeout", "live"], conflicts_with_all = ["timeout_suspend", "postcopy_now"])]
     pub(crate) timeout_postcopy: bool,
 
+    /// Slow the guest's CPUs, step by step, when it writes faster than the link carries; they have all of
+    /// their time again before the guest is stopped. Needs cgroups with the cpu controller
+    #[arg(long, requires = "live")]
+    pub(crate) auto_converge: bool,
+
+    /// The first step of --auto-converge, in percent of the CPUs' time
+    #[arg(long, value_name = "PERCENT", default_value_t = Throttling::default().initial_percent, requires = "auto_converge", value_parser = value_parser!(u8).range(1..=i64::from(MOST_PERCENT)))]
+    pub(crate) auto_converge_initial: u8,
+
+    /// What each later step of --auto-converge adds at least, in percent of the CPUs' time
+    #[arg(long, value_name = "PERCENT", default_value_t = Throttling::default().increment_percent, requires = "auto_converge", value_parser = value_parser!(u8).range(1..=i64::from(MOST_PERCENT)))]
+    pub(crate) auto_converge_increment: u8,
+
     /// Leave the source's QEMU stopped after the move instead of ending it
     #[arg(long)]
     pub(crate) keep_source: bool,
@@ -220,6 +234,13 @@ impl Migrate {
 
     pub(crate) fn downtime_limit(&self) -> Duration {
         Duration::from_millis(self.max_downtime)
+    }
+
+    pub(crate) fn throttling(&self) -> Option<Throttling> {
+        self.auto_converge.then_some(Throttling {
+            initial_percent: self.auto_converge_initial,
+            increment_percent: self.auto_converge_increment,
+        })
     }
 }
 
@@ -477,6 +498,34 @@ mod tests {
             &["--live", "--timeout-suspend"],
         ] {
             parse(wrong).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn only_a_live_guest_is_slowed() {
+        let parse = |args: &[&str]| {
+            let all = ["ferry", "migrate", "--qmp=/q", "ferry://a:1"];
+            match Args::try_parse_from(all.iter().chain(args))?.command {
+                Command::Migrate(migrate) => Ok(migrate.throttling()),
+                command => panic!("{command:?}"),
+            }
+        };
+        let both = ["--live", "--auto-converge"];
+        assert_eq!(parse(&[]).unwrap(), None);
+        assert_eq!(parse(&both).unwrap(), Some(Throttling::default()));
+        let steps = ["--auto-converge-initial=50", "--auto-converge-increment=99"];
+        let found = parse(&[&both[..], &steps].concat()).unwrap().unwrap();
+        assert_eq!((found.initial_percent, found.increment_percent), (50, 99));
+        for wrong in [
+            &["--auto-converge"][..],
+            &["--live", "--auto-converge-initial=20"],
+            &["--live", "--auto-converge-increment=10"],
+            &["--live", "--auto-converge", "--auto-converge-initial=0"],
+            &["--live", "--auto-converge", "--auto-converge-increment=100"],
+        ] {
+            parse(wrong)
+                .map_err(|error: clap::Error| error)
+                .unwrap_err();
         }
     }
 

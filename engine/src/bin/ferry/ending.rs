@@ -139,6 +139,9 @@ struct Figures {
     /// The most that stood at one time.
     lanes: u16,
     lanes_lost: u32,
+    /// By how much the guest is slowed in the end: 0, unless that could not be undone.
+    throttled_percent: u8,
+    throttled_percent_max: u8,
     rounds: Vec<JsonRound>,
     compression: JsonCompression,
     /// What came after the guest, where it was handed over before its pages.
@@ -309,6 +312,8 @@ impl From<&Report> for Figures {
             dirty_bytes_per_s: report.dirty_bytes_per_s(),
             lanes: report.lanes,
             lanes_lost: report.lanes_lost,
+            throttled_percent: report.throttled_percent,
+            throttled_percent_max: report.throttled_percent_max,
             rounds: report.rounds.iter().map(JsonRound::from).collect(),
             compression: JsonCompression::from(&report.encoding),
             postcopy: report.postcopy.as_ref().map(JsonPostcopy::from),

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
+use ferry_engine::Throttling;
 use ferry_engine::core::outcome::in_full;
 use ferry_engine::job::JournalPlace;
 use ferry_engine::linux::Process;
@@ -40,15 +41,21 @@ pub(crate) async fn resolve(authority: &str, common: &Common) -> Result<Vec<Sock
     }
 }
 
-/// Attaches, and checks everything that must hold before anything is changed.
-pub(crate) async fn attach(address: &Address, side: Side) -> Result<Qemu, Refusal> {
+/// Attaches, and checks everything that must hold before anything is changed: of a guest that may have to
+/// be slowed also that it can be.
+pub(crate) async fn attach(
+    address: &Address,
+    side: Side,
+    throttling: Option<Throttling>,
+) -> Result<Qemu, Refusal> {
     let qemu = Qemu::attach(address, &Options::default())
         .await
         .map_err(|error| not_attached(address, &error))?;
-    let problems = qemu
-        .problems(side)
-        .await
-        .map_err(|error| Refusal::of(&error))?;
+    let refused = |error: VmmError| Refusal::of(&error);
+    let mut problems = qemu.problems(side).await.map_err(refused)?;
+    if throttling.is_some() {
+        problems.extend(qemu.throttle_problem().await.map_err(refused)?);
+    }
     if problems.is_empty() {
         Ok(qemu)
     } else {

@@ -333,6 +333,9 @@ fn in_words(info: &JobInfo) -> Vec<String> {
         told("Max. downtime", format!("{max_downtime} ms")),
         told("Connections", lanes(figures)),
     ]);
+    let (percent, max) = (figures.throttled_percent, figures.throttled_percent_max);
+    let slowed = format!("by {percent} % of its time, at most by {max} %");
+    lines.extend((max > 0).then(|| told("Guest slowed", slowed)));
     lines.extend(packing(figures).map(|packing| told("Compression", packing)));
     lines
 }

@@ -56,7 +56,8 @@ struct Started {
 
 async fn start(args: &Migrate) -> Result<Started, Refusal> {
     let addresses = host::resolve(&args.target.authority, &args.common).await?;
-    let qemu = host::attach(&args.qmp, Side::Source).await?;
+    let throttling = args.throttling();
+    let qemu = host::attach(&args.qmp, Side::Source, throttling).await?;
     let vm = qemu.vm(Side::Source).map_err(|error| Refusal::of(&error))?;
     let connector = Arc::new(TcpConnector::to(addresses, CONNECT_LIMIT));
     let place = host::journal(qemu.process(), &args.common)?;
@@ -82,6 +83,9 @@ async fn start(args: &Migrate) -> Result<Started, Refusal> {
     }
     if let Some(seconds) = args.timeout {
         source = source.with_timeout(Duration::from_secs(seconds));
+    }
+    if let Some(throttling) = throttling {
+        source = source.with_auto_converge(throttling);
     }
     let job = source.start().await;
     let job = job.map_err(|error| Refusal::of(&error))?;
@@ -181,6 +185,12 @@ pub(crate) fn tell(notice: &Notice) {
             limit.as_millis(),
             floor.as_millis()
         ),
+        Notice::Throttled(percent) => {
+            format!("rounds do not shrink: the guest's CPUs have {percent} % less time now")
+        }
+        Notice::NotThrottled { what } => {
+            format!("the guest cannot be slowed, and the move goes on without: {what}")
+        }
         Notice::TimeoutSuspends => "the guest is paused now, to finish the move".to_owned(),
         Notice::GuestStateChanged(RunState::Paused) => {
             "somebody paused the guest: it will be left paused".to_owned()

@@ -72,12 +72,19 @@ pub(crate) fn line(look: &Figures) -> String {
         format!("{} left", bytes(look.remaining_bytes)),
         format!("dirtied {}/s", bytes(look.dirty_bytes_per_s)),
     ];
+    parts.extend(throttled(look));
     parts.push(lanes(look));
     parts.extend(packing(look));
     let blackout = look.predicted_blackout_ms;
     parts.extend(blackout.map(|ms| format!("blackout ~{ms} ms")));
     parts.extend(look.left_ms.map(seconds));
     parts.join(", ")
+}
+
+/// By how much the guest is slowed, when it is: `slowed by 20 %`.
+fn throttled(look: &Figures) -> Option<String> {
+    let percent = look.throttled_percent;
+    (percent > 0).then(|| format!("slowed by {percent} %"))
 }
 
 pub(crate) fn lanes(look: &Figures) -> String {

@@ -52,7 +52,7 @@ struct Started {
 
 async fn start(args: &Receive) -> Result<Started, Refusal> {
     let addresses = host::resolve(&args.listen, &args.common).await?;
-    let qemu = host::attach(&args.qmp, Side::Target).await?;
+    let qemu = host::attach(&args.qmp, Side::Target, None).await?;
     let vm = qemu.vm(Side::Target).map_err(|error| Refusal::of(&error))?;
     let listen = &args.listen;
     let listening = |error| Refusal::because(format!("cannot listen on {listen}: {error}"));
