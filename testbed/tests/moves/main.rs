@@ -19,4 +19,5 @@ mod modes;
 mod near;
 mod refusals;
 mod steering;
+mod throttle;
 mod versions;

@@ -1,5 +1,6 @@
 //! A guest and the place it moves to, with all that must hold of every move.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -53,6 +54,7 @@ struct Footprint {
     descriptors: Vec<String>,
     capabilities: Value,
     parameters: Value,
+    groups: BTreeSet<String>,
 }
 
 impl Footprint {
@@ -62,6 +64,7 @@ impl Footprint {
             capabilities: ask("query-migrate-capabilities"),
             parameters: ask("query-migrate-parameters"),
             descriptors: descriptors(qemu),
+            groups: groups(qemu),
         }
     }
 }
@@ -83,6 +86,34 @@ fn descriptors(qemu: &Qemu) -> Vec<String> {
         .collect();
     all.sort_unstable();
     all
+}
+
+/// The control groups in which threads of QEMU are. Most threads come and go.
+fn groups(qemu: &Qemu) -> BTreeSet<String> {
+    let threads = fs::read_dir(format!("/proc/{}/task", qemu.pid())).unwrap();
+    let paths = threads.flatten().map(|thread| thread.path().join("cgroup"));
+    paths.flat_map(fs::read_to_string).collect()
+}
+
+/// Control groups that an engine made for threads of QEMU, in whatever hierarchy.
+pub(crate) fn made_groups(qemu: &Qemu) -> Vec<PathBuf> {
+    let prefix = format!("ferry-{}-", qemu.pid());
+    let below = |folder: PathBuf| {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries
+            .map(|entry| entry.path())
+            .filter(|path| path.is_dir())
+    };
+    let mut made = Vec::new();
+    let mut folders = vec![PathBuf::from("/sys/fs/cgroup")];
+    while let Some(folder) = folders.pop() {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(&prefix) {
+            made.push(folder.clone());
+        }
+        folders.extend(below(folder));
+    }
+    made
 }
 
 /// Journals and control sockets.
@@ -220,6 +251,7 @@ impl Pair {
         for qemu in [&self.source, &self.target] {
             let left = qemu.private_folders().unwrap();
             assert_eq!(left, Vec::<PathBuf>::new(), "{ended:?}");
+            assert_eq!(made_groups(qemu), Vec::<PathBuf>::new(), "{ended:?}");
         }
         assert_eq!(journals(&self.target), Vec::<PathBuf>::new());
     }
@@ -234,6 +266,7 @@ fn assert_as_before(qemu: &Qemu, before: &Footprint) {
         assert_eq!(now.descriptors, before.descriptors);
         assert_eq!(now.capabilities, before.capabilities);
         assert_eq!(now.parameters, before.parameters);
+        assert_eq!(now.groups, before.groups);
     }
 }
 
