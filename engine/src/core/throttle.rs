@@ -42,7 +42,7 @@ impl Throttle {
     }
 
     /// Whether there is a further step.
-    pub(crate) fn has_more(&self) -> bool {
+    pub(crate) fn has_more(self) -> bool {
         self.percent < MOST_PERCENT
     }
 

@@ -60,7 +60,7 @@ impl Slowing {
 
     /// Whether it can be slowed further, by what is known now.
     pub(super) fn has_more(&self) -> bool {
-        self.is_settled() && self.throttle.is_some_and(|throttle| throttle.has_more())
+        self.is_settled() && self.throttle.is_some_and(Throttle::has_more)
     }
 
     /// Whether every order was answered.

@@ -141,19 +141,10 @@ fn unescaped(text: &str) -> PathBuf {
     let mut pieces = text.split('\\');
     let mut path = pieces.next().unwrap_or_default().to_owned();
     for piece in pieces {
-        let code = piece
-            .get(..3)
-            .and_then(|code| u8::from_str_radix(code, 8).ok());
-        match code {
-            Some(code) => {
-                path.push(char::from(code));
-                path.push_str(&piece[3..]);
-            }
-            None => {
-                path.push('\\');
-                path.push_str(piece);
-            }
-        }
+        let code = piece.get(..3);
+        let code = code.and_then(|code| u8::from_str_radix(code, 8).ok());
+        path.push(code.map_or('\\', char::from));
+        path.push_str(code.map_or(piece, |_| &piece[3..]));
     }
     PathBuf::from(path)
 }
