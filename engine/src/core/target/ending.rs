@@ -137,6 +137,7 @@ impl Shared {
         State::Returning(Returning {
             reason,
             quit: false,
+            lives: false,
             record: None,
         })
     }
@@ -318,6 +319,8 @@ impl Refusing {
 pub(super) struct Returning {
     reason: Reason,
     quit: bool,
+    /// It could not be ended, and may live.
+    lives: bool,
     record: Option<Written>,
 }
 
@@ -345,18 +348,23 @@ impl Returning {
 
     /// When the VMM has ended and the journal is at rest, it can say so.
     fn advance(mut self, shared: &mut Shared) -> State {
-        if self.quit && self.record.is_none() && shared.journaling.is_empty() {
+        let at_rest = self.record.is_none() && shared.journaling.is_empty();
+        // A VMM that may live must not be answered for: the source stays in doubt.
+        if self.lives && at_rest {
+            return shared.in_doubt(self.reason);
+        }
+        if self.quit && at_rest {
             self.record = Some(Written::Pending);
             shared.journal(Record::Returned);
         }
         State::Returning(self)
     }
 
-    pub(super) fn trouble(self, shared: &mut Shared, reason: &Reason) -> State {
+    pub(super) fn trouble(mut self, shared: &mut Shared, reason: &Reason) -> State {
         match reason {
-            // A VMM that may live must not be answered for: the source stays in doubt.
             Reason::Failed(failure) if failure.step == Step::Retire && !self.quit => {
-                shared.in_doubt(self.reason)
+                self.lives = true;
+                self.advance(shared)
             }
             // The source knows: the guest is its own again.
             Reason::PeerAborted { .. } if self.record == Some(Written::Durably) => {

@@ -189,6 +189,16 @@ fn returned_waits_for_taken_to_be_at_rest() {
 }
 
 #[test]
+fn doubt_waits_for_taken_to_be_at_rest() {
+    for answer in [Input::Journaled(Record::Taken), failure(Step::Journal)] {
+        let mut bench = Bench::at(Phase::Taking);
+        assert_eq!(bench.tell(gone()), ["CloseLanes", "Quit"]);
+        assert_eq!(bench.tell(failure(Step::Retire)), [""; 0]);
+        assert_eq!(bench.tell(answer), ["finish in doubt"]);
+    }
+}
+
+#[test]
 fn what_may_have_run_or_cannot_be_written_is_a_persons_to_decide() {
     let mut perhaps = Bench::resuming();
     let orders = perhaps.tell(Input::NotResumed {
