@@ -48,10 +48,15 @@ impl Busy {
     /// Groups that were made for it.
     fn left(&self) -> BTreeSet<PathBuf> {
         let name = format!("ferry-{0}-{0}", self.pid());
-        let below = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
-        let hierarchies = below("/sys/fs/cgroup".into()).map(|entry| entry.path());
-        let all = hierarchies.map(|dir| dir.join(&name));
-        all.filter(|dir| dir.exists()).collect()
+        let mut left = BTreeSet::new();
+        let mut folders = vec![PathBuf::from("/sys/fs/cgroup")];
+        while let Some(folder) = folders.pop() {
+            let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+            let below = entries.map(|entry| entry.path());
+            folders.extend(below.filter(|path| path.is_dir()));
+            left.extend(folder.ends_with(&name).then_some(folder));
+        }
+        left
     }
 
     /// How often it had to stand still.

@@ -81,16 +81,17 @@ pub enum QuotaRefusal {
         /// The group's folder.
         dir: PathBuf,
     },
-    /// Groups below could not hold threads of their own.
+    /// Another group below has processes: no group beside it may be of threads.
     #[error(
-        "control group {} hands {controller} on, which is for whole processes: write -{controller} to \
-         its cgroup.subtree_control", .dir.display()
+        "control group {} has processes, so none beside it may be for threads of {}: move QEMU into a \
+         group that has none below",
+        .domain.display(), .dir.display()
     )]
     NotThreaded {
         /// The group's folder.
         dir: PathBuf,
-        /// The controller.
-        controller: String,
+        /// That of the group below.
+        domain: PathBuf,
     },
 }
 

@@ -15,7 +15,8 @@
 //! its time back has its quota lifted, and is moved back when nobody is in a hurry any more.
 //!
 //! Groups outlive the engine. One that was killed leaves threads slow, and where they are tells so: the
-//! next engine [looks](CpuQuota::clear_leftovers) for them.
+//! next engine [looks](CpuQuota::clear_leftovers) for them. It leaves one thing: a group of version 2 that
+//! did not hand the controller on before goes on to.
 
 mod groups;
 

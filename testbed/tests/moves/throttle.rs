@@ -2,9 +2,11 @@
 
 use std::net::TcpListener;
 use std::path::PathBuf;
+use std::process::Command;
 
-use ferry_testbed::{Ferry, Linux, Machine, Qemu, QemuVersion, Turn, wait_until};
+use ferry_testbed::{Ferry, Linux, Machine, Qemu, QemuVersion, Turn, ferry_binary, wait_until};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::pair::{BOUND, Move, Pair, assert_whole, made_groups};
 
@@ -59,6 +61,31 @@ fn with_it_the_guest_moves_and_has_all_of_its_time_again() {
         assert!((20..=99).contains(&most), "{}", moved.json);
         assert_eq!(moved.json["throttled_percent"], 0);
     }
+}
+
+/// Told before anything is begun, with all else that stands in the way.
+#[test]
+fn where_nobody_may_make_groups_it_is_refused() {
+    let _turn = Turn::take().unwrap();
+    let source = Machine::new(QemuVersion::V10_0, 64).start().unwrap();
+    // In mounts of its own, where control groups can only be read.
+    let read_only = "awk '/ - cgroup2? /{print $5}' /proc/self/mountinfo | \
+        while read -r point; do mount -o remount,bind,ro \"$point\"; done; exec \"$0\" \"$@\"";
+    let mut ferry = Command::new("unshare");
+    ferry
+        .args(["--mount", "sh", "-ec", read_only])
+        .arg(ferry_binary().unwrap())
+        .args(["migrate", "--json", "--live", "--auto-converge", "--qmp"])
+        .arg(source.qmp_path())
+        .arg("ferry://127.0.0.1:1");
+    let ended = ferry.output().unwrap();
+    assert_eq!(ended.status.code(), Some(2), "{ended:?}");
+    let json: Value = serde_json::from_slice(&ended.stdout).unwrap();
+    let problem = &json["problems"][0];
+    assert_eq!(problem["code"], "throttle", "{json}");
+    let remedy = problem["remedy"].as_str().unwrap();
+    assert!(remedy.contains("without --auto-converge"), "{json}");
+    assert!(json.to_string().contains("mounted read-only"), "{json}");
 }
 
 /// One thread runs all vCPUs.

@@ -14,9 +14,8 @@ use crate::linux::{Error, Process};
 /// The controller that shares out time.
 const CPU: &str = "cpu";
 
-/// Controllers of version 2 that work on threads. Any other, handed to the groups below, keeps these from
-/// holding threads.
-const OF_THREADS: [&str; 4] = [CPU, "cpuset", "perf_event", "pids"];
+/// How `cgroup.events` begins of a group with processes in it or below.
+const POPULATED: [&str; 2] = ["populated", "1"];
 
 /// A version of control groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -203,20 +202,15 @@ impl Home {
         {
             return Some(QuotaRefusal::NotEnabled { dir });
         }
-        let holds_threads = self.dir == self.top
-            || self
-                .words("cgroup.type")
-                .last()
-                .is_some_and(|kind| kind == "threaded");
-        let handed_on = self.words("cgroup.subtree_control");
-        let mut handed_on = handed_on.into_iter();
-        let other = handed_on.find(|name| !OF_THREADS.contains(&name.as_str()));
-        match other {
-            Some(controller) if !holds_threads => {
-                Some(QuotaRefusal::NotThreaded { dir, controller })
-            }
-            _ => None,
-        }
+        // The root of the hierarchy has no type, and may have groups of both kinds below it.
+        let is_root = self.words("cgroup.type").is_empty();
+        let domain = super::below(&self.dir, "").into_iter().find(|group| {
+            words(group, "cgroup.type") == ["domain"]
+                && words(group, "cgroup.events").starts_with(&POPULATED.map(str::to_owned))
+        });
+        domain
+            .filter(|_| !is_root)
+            .map(|domain| QuotaRefusal::NotThreaded { dir, domain })
     }
 
     /// Makes `group` below it, for threads. True when the groups below had to be given the controller.
@@ -418,13 +412,22 @@ mod tests {
         close(&home.dir).unwrap();
         assert_eq!(said(&home.dir.join("cgroup.subtree_control")), "-cpu");
 
-        files[1].1 = "cpu memory\n";
-        let (_top, home) = group(&files);
-        let found = home.check(us).unwrap_err().to_string();
-        assert!(found.contains("hands memory on"), "{found}");
-        files[2].1 = "domain threaded\n";
+        files[1].1 = "cpu\n";
         let (_top, home) = group(&files);
         assert!(!home.make(&home.dir.join("ferry-1-2"), us).unwrap());
+        for (kind, events, fits) in [
+            ("domain\n", "populated 1\nfrozen 0\n", false),
+            ("domain\n", "populated 0\nfrozen 0\n", true),
+            ("threaded\n", "populated 1\nfrozen 0\n", true),
+        ] {
+            let other = home.dir.join("other");
+            fs::create_dir_all(&other).unwrap();
+            fs::write(other.join("cgroup.type"), kind).unwrap();
+            fs::write(other.join("cgroup.events"), events).unwrap();
+            let found = home.check(us).map_err(|error| error.to_string());
+            let is_refused = found.is_err_and(|text| text.contains("vms/other has processes"));
+            assert_eq!(is_refused, !fits, "{kind}{events}");
+        }
 
         files[0].1 = "memory\n";
         let (_top, home) = group(&files);
