@@ -126,8 +126,14 @@ impl CpuQuota {
                 self.take_in(&mounts, *thread)?;
             }
         }
-        for slowed in &self.slowed {
-            let share = self.share(slowed);
+        let cpus: Vec<Cpus> = self
+            .slowed
+            .iter()
+            .map(|slowed| self.cpus(slowed.thread))
+            .collect();
+        for (slowed, own) in self.slowed.iter().zip(&cpus) {
+            let alike = cpus.iter().filter(|cpus| *cpus == own).count();
+            let share = self.share(slowed).min(own.share(alike));
             set(slowed, Quota::leaving(share, percent))?;
         }
         Ok(())
@@ -218,21 +224,17 @@ impl CpuQuota {
         Ok(())
     }
 
-    /// What a thread can have, with all others of ours at work, in millionth parts of a CPU.
+    /// What the groups above leave a thread, with all others of ours in them at work, in millionth parts
+    /// of a CPU.
     fn share(&self, slowed: &Slowed) -> u64 {
         let sharing = self.slowed.iter();
         let sharing = sharing.filter(|other| other.home == slowed.home).count();
-        let sharing = u64::try_from(sharing).unwrap_or(u64::MAX).max(1);
-        let above = slowed.home.limit().unwrap_or(u64::MAX);
-        let cpus = self.allowed_cpus(slowed.thread).saturating_mul(WHOLE_CPU);
-        (above.min(cpus) / sharing).min(WHOLE_CPU)
+        slowed.home.limit().unwrap_or(u64::MAX) / (sharing as u64).max(1)
     }
 
-    /// CPUs on which a thread may run; a great many when that is not told.
-    fn allowed_cpus(&self, thread: Pid) -> u64 {
+    fn cpus(&self, thread: Pid) -> Cpus {
         let status = self.process.read_proc(&format!("task/{thread}/status"));
-        let status = status.unwrap_or_default();
-        allowed_cpus(&String::from_utf8_lossy(&status)).unwrap_or(u64::from(u32::MAX))
+        Cpus::parse(&String::from_utf8_lossy(&status.unwrap_or_default()))
     }
 
     fn release(&self, slowed: &Slowed) -> Result<(), Error> {
@@ -309,13 +311,26 @@ fn first_failure(all: impl Iterator<Item = Result<(), Error>>) -> Result<(), Err
     all.fold(Ok(()), Result::and)
 }
 
-/// Counts the bits of `Cpus_allowed`.
-fn allowed_cpus(status: &str) -> Option<u64> {
-    let mask = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Cpus_allowed:"))?;
-    let digits = mask.trim().chars().filter_map(|digit| digit.to_digit(16));
-    Some(digits.map(|digit| u64::from(digit.count_ones())).sum())
+/// CPUs on which a thread may run, as `/proc/PID/task/TID/status` has them; none when it does not tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Cpus(String);
+
+impl Cpus {
+    fn parse(status: &str) -> Self {
+        let mut lines = status.lines();
+        let mask = lines.find_map(|line| line.strip_prefix("Cpus_allowed:"));
+        Self(mask.unwrap_or_default().trim().to_owned())
+    }
+
+    /// What each of `threads` has that may run on these and no others, in millionth parts of a CPU.
+    fn share(&self, threads: usize) -> u64 {
+        let digits = self.0.chars().filter_map(|digit| digit.to_digit(16));
+        let count: u64 = digits.map(|digit| u64::from(digit.count_ones())).sum();
+        match count {
+            0 => WHOLE_CPU,
+            count => (count * WHOLE_CPU / (threads as u64).max(1)).min(WHOLE_CPU),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -341,9 +356,13 @@ mod tests {
     }
 
     #[test]
-    fn counts_the_cpus_of_a_mask() {
+    fn threads_share_the_cpus_that_they_may_run_on() {
         let status = "Name:\tqemu\nCpus_allowed:\tff,0000000f\nCpus_allowed_list:\t0-3,32-39\n";
-        assert_eq!(allowed_cpus(status), Some(12));
-        assert_eq!(allowed_cpus("Name:\tqemu\n"), None);
+        let cpus = Cpus::parse(status);
+        assert_eq!(
+            [1, 12, 24].map(|threads| cpus.share(threads)),
+            [WHOLE_CPU, WHOLE_CPU, WHOLE_CPU / 2]
+        );
+        assert_eq!(Cpus::parse("Name:\tqemu\n").share(7), WHOLE_CPU);
     }
 }
