@@ -27,6 +27,8 @@ pub struct View<'a> {
     pub throttled_percent: u8,
     /// Whether it may be slowed further: [`Verdict::Throttle`] means something.
     pub may_throttle: bool,
+    /// Whether the guest may be handed over before its pages: [`Verdict::Postcopy`] means something.
+    pub may_hand_over: bool,
     /// What the VMMs take of a switchover: pause, device state both ways, resume.
     pub vmm: Duration,
     /// What looking for dirty pages takes, with hardly any.
@@ -64,6 +66,34 @@ impl View<'_> {
         self.floor().saturating_add(self.transfer(pages))
     }
 
+    /// What the guest writes, in bytes a second, with every write of a page counted: the longer a round
+    /// lasts, the more writes go to pages that are dirty already.
+    ///
+    /// Taken for uniform over what the first round sent, a write finds a page clean with the chance that
+    /// is left, so of N pages D are dirty after w writes when w = -N ln(1 - D/N).
+    pub fn written_bytes_per_s(&self) -> u64 {
+        let (Some(first), Some(last)) = (self.rounds.first(), self.rounds.last()) else {
+            return self.dirty_bytes_per_s;
+        };
+        let all = first.dirty_pages.max(1);
+        let dirty_bytes = u128::from(self.dirty_bytes_per_s) * last.took.as_nanos() / 1_000_000_000;
+        let dirty = u64::try_from(dirty_bytes / PAGE_SIZE as u128).unwrap_or(u64::MAX);
+        let clean = number(all.saturating_sub(dirty).max(1)) / number(all);
+        let part = number(dirty.min(all)) / number(all);
+        if part <= 0.0 {
+            return self.dirty_bytes_per_s;
+        }
+        let more = -clean.ln() / part;
+        // Of what is positive and, with `all` below 2^52, far below 2^64.
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "see above"
+        )]
+        let written = (number(self.dirty_bytes_per_s) * more.max(1.0)) as u64;
+        written
+    }
+
     /// Time to send `pages` pages at the link's rate.
     pub fn transfer(&self, pages: u64) -> Duration {
         let bytes = u128::from(pages) * PAGE_SIZE as u128;
@@ -83,6 +113,15 @@ impl View<'_> {
     pub fn effective_limit(&self) -> Duration {
         self.limit.max(self.floor().saturating_add(LEAST_TRANSFER))
     }
+}
+
+/// A count as a number to calculate with.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "counts and rates: all far below 2^53"
+)]
+fn number(count: u64) -> f64 {
+    count as f64
 }
 
 /// Durations of one kind.
@@ -118,6 +157,9 @@ pub enum Verdict {
     /// Another round, with the guest slowed, or slowed further. The same as [`Verdict::Continue`] where
     /// [`View::may_throttle`] says no.
     Throttle,
+    /// Hand the guest over now, before its pages. The same as [`Verdict::GiveUp`] where
+    /// [`View::may_hand_over`] says no.
+    Postcopy,
     /// Give up: the guest is kept.
     GiveUp,
 }
@@ -171,6 +213,12 @@ impl DowntimeLimit {
         self.stalled_for = Duration::ZERO;
     }
 
+    /// Whether rounds will not come to fit: the guest writes as much as the link carries, or they have not
+    /// shrunk for a while.
+    fn cannot_meet(&self, view: &View<'_>) -> bool {
+        view.written_bytes_per_s() >= view.rate_bytes_per_s || self.stalled >= STEP_ROUNDS
+    }
+
     fn is_due_a_step(&self) -> bool {
         self.stalled >= STEP_ROUNDS && self.stalled_for >= STEP_SPAN.min(self.patience)
     }
@@ -219,6 +267,8 @@ impl Converge for DowntimeLimit {
         let negligible = view.transfer(view.dirty_pages) <= view.floor() / NEGLIGIBLE;
         if fits && (negligible || !shrinks) {
             Verdict::Stop
+        } else if !fits_at_best && view.may_hand_over && self.cannot_meet(view) {
+            Verdict::Postcopy
         } else if !fits_at_best && view.may_throttle && self.is_due_a_step() {
             // What came before it says nothing of a slower guest.
             self.measure_anew(view.dirty_pages);
@@ -247,6 +297,7 @@ mod tests {
             dirty_bytes_per_s: 0,
             throttled_percent: 0,
             may_throttle: false,
+            may_hand_over: false,
             vmm: Duration::from_millis(6),
             scan: always(1),
             latency: always(1),
@@ -260,6 +311,47 @@ mod tests {
             best: span,
             slowest: span,
         }
+    }
+
+    #[test]
+    fn hands_over_as_soon_as_copying_cannot_keep_up() {
+        let round = |dirty_pages| RoundReport {
+            round: Round(1),
+            dirty_pages,
+            pages: dirty_pages,
+            zero_pages: 0,
+            bytes: 0,
+            took: Duration::from_secs(4),
+            dirty_bytes_per_s: 0,
+        };
+        let rounds = [round(100_000)];
+        // Of 100,000 pages 70,000 in 4 s: less than the link's 100 MiB/s, but with the pages that were
+        // written more than once 30,000 a second, which is more.
+        let busy = View {
+            rounds: &rounds,
+            dirty_bytes_per_s: 17_500 * 4096,
+            may_hand_over: true,
+            ..view(70_000)
+        };
+        assert!(busy.dirty_bytes_per_s < busy.rate_bytes_per_s);
+        let written = busy.written_bytes_per_s() / 4096;
+        assert!((30_000..30_300).contains(&written), "{written}");
+        assert_eq!(DowntimeLimit::default().decide(&busy), Verdict::Postcopy);
+        let kept = View {
+            may_hand_over: false,
+            ..busy.clone()
+        };
+        assert_eq!(DowntimeLimit::default().decide(&kept), Verdict::Continue);
+        let calm = View {
+            dirty_bytes_per_s: 1000 * 4096,
+            ..busy
+        };
+        assert_eq!(DowntimeLimit::default().decide(&calm), Verdict::Continue);
+        // A hot set that does not shrink.
+        let mut rule = DowntimeLimit::default();
+        let verdicts = std::iter::from_fn(|| Some(rule.decide(&calm)));
+        let went_on = verdicts.take_while(|verdict| *verdict == Verdict::Continue);
+        assert_eq!(went_on.count(), 1 + STEP_ROUNDS as usize - 1);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferry_stream::lane::{Incoming, PageLaneReader, Request, RequestWriter};
 use ferry_stream::link::{Closer, Lane};
@@ -28,6 +28,9 @@ const FAULT_THREADS: usize = 2;
 /// How long a fault thread waits before it looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// How often every lane says that this side is there.
+const BEAT: Duration = Duration::from_secs(1);
+
 /// Fetches missing pages, once there are some.
 #[derive(Clone)]
 pub(crate) struct Fetcher(Arc<Shared>);
@@ -49,6 +52,7 @@ struct State {
     threads: Vec<thread::JoinHandle<()>>,
     whole_told: bool,
     over: bool,
+    said_alive: Option<Instant>,
 }
 
 struct Armed {
@@ -67,11 +71,18 @@ struct LaneEnd {
 struct Requests {
     lane: Box<dyn Lane>,
     writer: RequestWriter,
+    /// Frames of the lane that are in place.
+    frames: u64,
 }
 
 impl Requests {
     fn send(&mut self, requests: &[Request]) -> Result<(), ferry_stream::Error> {
         self.writer.send(&mut *self.lane, requests)
+    }
+
+    fn say_placed(&mut self) -> Result<(), ferry_stream::Error> {
+        let frames = self.frames;
+        self.send(&[Request::Placed { frames }])
     }
 }
 
@@ -115,6 +126,7 @@ impl Fetcher {
         let requests = Arc::new(Mutex::new(Requests {
             lane: lane.duplicate()?,
             writer: RequestWriter::new(id),
+            frames: 0,
         }));
         let end = LaneEnd {
             id,
@@ -208,12 +220,38 @@ impl Fetcher {
             if self.lock().over {
                 return;
             }
+            self.say_alive();
             let served = heard.and_then(|()| self.serve(pager, &found));
             if let Err(error) = served {
                 // Its death is told as an event of the guest; whatever else it is, faults go on being
                 // served by the others, and the lanes bring every page in the end.
                 self.tell(format!("a fault thread ended: {}", in_full(&error)));
                 return;
+            }
+        }
+    }
+
+    /// Says on every lane that this side is there, once in a while.
+    fn say_alive(&self) {
+        let mut state = self.lock();
+        let now = Instant::now();
+        if state
+            .said_alive
+            .is_some_and(|said| now.duration_since(said) < BEAT)
+        {
+            return;
+        }
+        state.said_alive = Some(now);
+        let lanes: Vec<_> = state
+            .lanes
+            .iter()
+            .map(|lane| Arc::clone(&lane.requests))
+            .collect();
+        drop(state);
+        for requests in lanes {
+            // A lane at work says so by itself.
+            if let Ok(mut requests) = requests.try_lock() {
+                drop(requests.say_placed());
             }
         }
     }
@@ -298,11 +336,12 @@ impl Fetcher {
         if lacking.is_whole() {
             return vec![Request::Whole];
         }
-        if id.index != FAULT_LANE {
-            return Vec::new();
-        }
         let told = absences(lacking.missing()).into_iter();
-        let wanted = lacking.wanted().into_iter();
+        let mut wanted = lacking.wanted();
+        if id.index != FAULT_LANE {
+            wanted.clear();
+        }
+        let wanted = wanted.into_iter();
         told.map(Request::Lacking)
             .chain(wanted.map(|(region, page)| Request::Fault {
                 region: region.0,
@@ -400,8 +439,9 @@ impl FetchLane<'_> {
                 return Ok(());
             };
             self.place(&*pager, &records)?;
-            let frames = self.reader.frames();
-            lock(self.requests).send(&[Request::Placed { frames }])?;
+            let mut requests = lock(self.requests);
+            requests.frames = self.reader.frames();
+            requests.say_placed()?;
         }
     }
 

@@ -48,6 +48,14 @@ const FRAME_TIME: Duration = Duration::from_micros(250);
 /// How long the rate of the link is measured at a time: single frames tell more of the scheduler.
 const RATE_TIME: Duration = Duration::from_millis(10);
 
+/// A target that has begun to fetch says something on every lane each second. One that says nothing for so
+/// long cannot be reached over it.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// How long all may be on its way or in place while the target lacks something still: then the lane is
+/// opened anew, upon which the target tells what that is.
+const AT_ODDS: Duration = Duration::from_secs(3);
+
 /// How long a lane with nothing to send listens before it looks whether there is something again.
 const IDLE: Duration = Duration::from_millis(20);
 
@@ -72,6 +80,8 @@ struct Shared {
 struct State {
     /// None before the guest is handed over.
     owed: Option<Owed>,
+    /// Since when it is.
+    since: Option<Instant>,
     lanes: HashMap<LaneId, Box<dyn Closer>>,
 }
 
@@ -101,6 +111,10 @@ pub(crate) enum LaneError {
     Closed,
     #[error("the target asks before anything is missing")]
     Early,
+    #[error("the target said nothing for {} s", SILENCE.as_secs())]
+    Silent,
+    #[error("the target lacks pages that are not owed")]
+    AtOdds,
 }
 
 impl From<std::io::Error> for LaneError {
@@ -126,7 +140,10 @@ impl Server {
 
     /// The guest is handed over without `missing`; what of it is in `first` goes first.
     pub(crate) fn serve(&self, missing: PageSet, first: &PageSet) {
-        self.lock().owed = Some(Owed::new(missing, first));
+        let mut state = self.lock();
+        state.owed = Some(Owed::new(missing, first));
+        state.since = Some(Instant::now());
+        drop(state);
         self.0.changed.notify_all();
     }
 
@@ -206,6 +223,10 @@ struct ServedLane<'a> {
     /// Pages that came to be in place since the rate is measured.
     placed_pages: u64,
     measured_from: Instant,
+    /// When the target said something last.
+    heard: Instant,
+    /// Since when there is nothing to send.
+    nothing_left: Option<Instant>,
 }
 
 impl<'a> ServedLane<'a> {
@@ -223,6 +244,8 @@ impl<'a> ServedLane<'a> {
             placed: 0,
             placed_pages: 0,
             measured_from: Instant::now(),
+            heard: Instant::now(),
+            nothing_left: None,
         }
     }
 
@@ -232,7 +255,7 @@ impl<'a> ServedLane<'a> {
         }
         while !self.server.is_over() {
             let more = if self.id.index == FAULT_LANE {
-                self.listen()?
+                self.hear()?
             } else {
                 self.sweep()?
             };
@@ -243,24 +266,25 @@ impl<'a> ServedLane<'a> {
         Ok(())
     }
 
-    /// Answers whatever is asked. False when the target is whole.
-    fn listen(&mut self) -> Result<bool, LaneError> {
-        self.hear()
-    }
-
     /// Sends the next frame, or hears what the target says where that has to come first.
     fn sweep(&mut self) -> Result<bool, LaneError> {
         if self.sent.len() >= FRAMES_AHEAD {
             return self.hear();
         }
+        // Before anything is taken: what waits here would be waited for there.
+        self.pay();
         if let Some(runs) = self.next_frame() {
-            self.pay(&runs);
+            self.nothing_left = None;
             self.send(&runs)?;
             return Ok(true);
         }
-        // Nothing is left: another lane may owe something yet.
+        // Another lane may owe something yet.
         if self.has_said(IDLE)? {
             return self.hear();
+        }
+        let since = *self.nothing_left.get_or_insert_with(Instant::now);
+        if self.sent.is_empty() && since.elapsed() > AT_ODDS {
+            return Err(LaneError::AtOdds);
         }
         Ok(true)
     }
@@ -287,9 +311,8 @@ impl<'a> ServedLane<'a> {
     }
 
     /// Keeps to the bandwidth. Pages that are waited for do not.
-    fn pay(&mut self, runs: &[PageRun]) {
-        let pages: u64 = runs.iter().map(|(_, range)| range.count).sum();
-        let bytes = pages * PAGE_SIZE as u64;
+    fn pay(&mut self) {
+        let bytes = self.pages * PAGE_SIZE as u64;
         let (pacer, over) = (&self.server.0.pacer, &self.server.0.over);
         let paid = pacer.pay(&mut self.account, bytes, over);
         pacer.settle(&mut self.account, paid, bytes);
@@ -297,6 +320,17 @@ impl<'a> ServedLane<'a> {
 
     /// Hears one request, and does what it says. False when the target is whole.
     fn hear(&mut self) -> Result<bool, LaneError> {
+        while !self.has_said(IDLE)? {
+            if self.server.is_over() {
+                return Ok(false);
+            }
+            let since = self.server.lock().since;
+            let heard = since.map(|since| since.max(self.heard));
+            if heard.is_some_and(|heard| heard.elapsed() > SILENCE) {
+                return Err(LaneError::Silent);
+            }
+        }
+        self.heard = Instant::now();
         let request = self.reader.next(&mut *self.lane)?;
         match request.ok_or(LaneError::Closed)? {
             Request::Fault { region, page } => {

@@ -11,6 +11,7 @@ use crate::core::converge::{Verdict, View};
 use crate::core::message::{Action, GuestLeft, Moment, Notice, Outcome, Reason, Record};
 use crate::core::meter::Meter;
 use crate::core::pageset::PageSet;
+use crate::core::postcopy::Way;
 
 impl Shared {
     /// The guest stands. A pause that somebody undid before it was known here does not count.
@@ -107,13 +108,27 @@ impl Shared {
 
     pub(super) fn view(&self, dirty_pages: u64) -> View<'_> {
         let Self { config, meter, .. } = self;
-        view(config, meter, &self.slowing, self.now, dirty_pages)
+        view(
+            config,
+            meter,
+            &self.slowing,
+            self.way,
+            self.now,
+            dirty_pages,
+        )
     }
 
     /// What the rule says to `dirty_pages` left to send.
     pub(super) fn verdict(&mut self, dirty_pages: u64) -> Verdict {
         let Self { config, meter, .. } = self;
-        let view = view(config, meter, &self.slowing, self.now, dirty_pages);
+        let view = view(
+            config,
+            meter,
+            &self.slowing,
+            self.way,
+            self.now,
+            dirty_pages,
+        );
         self.converge.decide(&view)
     }
 
@@ -138,6 +153,7 @@ fn view<'a>(
     config: &SourceConfig,
     meter: &'a Meter,
     slowing: &Slowing,
+    way: Way,
     now: Moment,
     dirty_pages: u64,
 ) -> View<'a> {
@@ -148,6 +164,7 @@ fn view<'a>(
         dirty_bytes_per_s: meter.dirty_rate(),
         throttled_percent: slowing.percent(),
         may_throttle: slowing.has_more(),
+        may_hand_over: way == Way::Open,
         vmm: config.switchover_floor,
         scan: meter.scan(),
         latency: meter.latency(),

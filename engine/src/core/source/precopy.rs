@@ -295,7 +295,7 @@ impl Shared {
         }
         self.tell_floor();
         match self.verdict(dirty.len()) {
-            Verdict::GiveUp if self.way == Way::Open => {
+            Verdict::Postcopy | Verdict::GiveUp if self.way == Way::Open => {
                 self.tell(Notice::HandsOverBefore);
                 self.way = Way::Due;
                 self.announce(dirty)
@@ -311,7 +311,7 @@ impl Shared {
             }
             // A guest that stands must not wait for a lane to be opened.
             Verdict::Stop if self.lanes.up() > 0 => self.stop(dirty),
-            Verdict::GiveUp if self.gives_up() => {
+            Verdict::Postcopy | Verdict::GiveUp if self.gives_up() => {
                 let reason = self.not_converging(dirty.len());
                 self.undo(reason)
             }
