@@ -31,6 +31,8 @@ mod lane_tests;
 mod lanes;
 mod orders;
 mod postcopy;
+#[cfg(test)]
+mod postcopy_tests;
 mod precopy;
 mod round;
 #[cfg(test)]
