@@ -263,6 +263,9 @@ pub enum Input {
     },
     /// Source: the target has every page. Target: every page is in place.
     Whole,
+    /// Target: every page was in place, and by now no fetch lane stands. A source that has not heard of it
+    /// comes again.
+    SourceLeft,
     /// Target: what was to be discarded is.
     Discarded,
     /// Target: what is missing holds nothing, and whoever wants it waits.

@@ -50,6 +50,8 @@ struct State {
     armed: Option<Armed>,
     lanes: Vec<LaneEnd>,
     threads: Vec<thread::JoinHandle<()>>,
+    fault_threads: Vec<thread::JoinHandle<()>>,
+    disarmed: bool,
     whole_told: bool,
     over: bool,
     said_alive: Option<Instant>,
@@ -166,15 +168,28 @@ impl Fetcher {
             let thread = thread::Builder::new()
                 .name("ferry-fault".to_owned())
                 .spawn(move || fetcher.serve_faults(&*pager))?;
-            state.threads.push(thread);
+            state.fault_threads.push(thread);
         }
         drop(state);
         self.0.changed.notify_all();
         Ok(())
     }
 
+    /// Nobody waits for pages any more: ends the threads that serve faults. The lanes stay, for a source
+    /// that has not heard that all is there: what was told on one may be lost with it.
+    pub(crate) fn end_faults(&self) {
+        let mut state = self.lock();
+        state.disarmed = true;
+        let threads = std::mem::take(&mut state.fault_threads);
+        drop(state);
+        for thread in threads {
+            drop(thread.join());
+        }
+    }
+
     /// Ends every lane and waits for every thread.
     pub(crate) fn end(&self) {
+        self.end_faults();
         let mut state = self.lock();
         state.over = true;
         for lane in state.lanes.drain(..) {
@@ -217,7 +232,7 @@ impl Fetcher {
         loop {
             found.clear();
             let heard = pager.faults(LOOK, &mut found);
-            if self.lock().over {
+            if self.lock().disarmed {
                 return;
             }
             self.say_alive();
@@ -393,7 +408,8 @@ struct Gone<'a> {
 
 impl Drop for Gone<'_> {
     fn drop(&mut self) {
-        self.fetcher.lock().lanes.retain(|lane| {
+        let mut state = self.fetcher.lock();
+        state.lanes.retain(|lane| {
             let stays = lane.id != self.id;
             if !stays {
                 // One that cannot be closed is ended already.
@@ -401,6 +417,11 @@ impl Drop for Gone<'_> {
             }
             stays
         });
+        let was_last = state.lanes.is_empty() && state.whole_told && !state.over;
+        drop(state);
+        if was_last {
+            self.fetcher.0.facts.tell(Input::SourceLeft);
+        }
         if thread::panicking() {
             self.fetcher
                 .tell(format!("the thread of fetch {} panicked", self.id));

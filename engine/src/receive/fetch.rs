@@ -71,7 +71,7 @@ impl Driver {
             let fetcher = self.fetcher.clone();
             faults.order(Step::Disarm, move |faults| {
                 faults.disarm()?;
-                fetcher.end();
+                fetcher.end_faults();
                 Ok::<_, VmmError>(Input::Disarmed)
             });
         }

@@ -197,6 +197,16 @@ impl Taken {
         self.end_if_due(shared)
     }
 
+    /// Nobody has asked for so long. A source whose pages are missing here has yet to hear that they are
+    /// all there.
+    pub(super) fn nobody_asked(self, shared: &mut Shared) -> State {
+        if shared.fetch.is_over() {
+            return self.known(shared);
+        }
+        shared.bound(shared.config.limits.linger);
+        State::Taken(self)
+    }
+
     /// The source knows, and will not ask.
     pub(super) fn known(mut self, shared: &mut Shared) -> State {
         self.source = Knows::Yes;

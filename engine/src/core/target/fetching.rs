@@ -126,11 +126,23 @@ impl Shared {
     pub(super) fn whole(&mut self, state: State) -> State {
         if self.fetch.is_under_way() {
             self.fetch = Fetch::Whole(Disarm::Due);
+            // So long the source has to hear of it: its lanes may be dead at this moment.
+            if self.deadline.is_some() {
+                self.bound(self.config.limits.linger);
+            }
         }
         match state {
             State::Taken(taken) => taken.advance(self),
             state => state,
         }
+    }
+
+    /// Most likely the source knows; else it is here again in no time.
+    pub(super) fn source_left(&mut self, state: State) -> State {
+        if matches!(state, State::Taken(_)) && self.deadline.is_some() {
+            self.bound(self.config.limits.parting);
+        }
+        state
     }
 
     /// Ends the waiting, once.

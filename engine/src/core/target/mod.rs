@@ -17,6 +17,8 @@ mod ahead;
 mod bench;
 mod ending;
 mod fetching;
+#[cfg(test)]
+mod fetching_tests;
 mod greeting;
 #[cfg(test)]
 mod lane_tests;
@@ -207,7 +209,7 @@ impl Target {
         let state = mem::replace(&mut self.state, State::Ended);
         self.state = match state {
             // Whoever may still have asked has had the time for it.
-            State::Taken(taken) => taken.known(&mut self.shared),
+            State::Taken(taken) => taken.nobody_asked(&mut self.shared),
             State::Refusing(refusing) => refusing.timed_out(&mut self.shared),
             State::Returning(returning) => returning.timed_out(&mut self.shared),
             state => {
@@ -337,6 +339,7 @@ impl Shared {
             } => self.lane_ended(state, lane, frames, pages),
             Input::Whole => self.whole(state),
             Input::Disarmed => self.disarmed(state),
+            Input::SourceLeft => self.source_left(state),
             Input::Failed(failure) if failure.step == Step::Disarm => {
                 self.tell_leftover(&failure);
                 self.disarmed(state)
