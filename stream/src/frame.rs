@@ -8,7 +8,7 @@ use crc32fast::Hasher;
 
 use crate::error::Error;
 use crate::limits::{
-    AHEAD_RUN_BYTES, HIGHEST_VERSION, MAX_AHEAD_RUNS, MAX_MAPPED_PAGES, MAX_NAME, MAX_PAGE_DATA,
+    AHEAD_RUN_BYTES, HIGHEST_VERSION, MAX_AHEAD_RUNS, MAX_MAP_BYTES, MAX_NAME, MAX_PAGE_DATA,
     MAX_RECORDS, MAX_REGIONS, MAX_STATE_CHUNK, MAX_TEXT, READ_CHUNK,
 };
 use crate::message::LaneIndex;
@@ -154,7 +154,7 @@ impl Kind {
             Self::Fenced => 20,
             Self::Mismatch => 18,
             Self::Ahead => 4 + MAX_AHEAD_RUNS * AHEAD_RUN_BYTES,
-            Self::Absent | Self::Lacking => ABSENT_BYTES + MAX_MAPPED_PAGES as usize / 8,
+            Self::Absent | Self::Lacking => ABSENT_BYTES + MAX_MAP_BYTES,
             Self::Fault => 10,
             Self::Placed => 8,
             Self::Prepared

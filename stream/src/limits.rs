@@ -46,8 +46,11 @@ pub const MAX_AHEAD_RUNS: usize = 1024;
 /// Bytes of each of them.
 pub(crate) const AHEAD_RUN_BYTES: usize = 16;
 
-/// Most pages of which one message tells singly which are missing: 32 KiB of bits.
-pub const MAX_MAPPED_PAGES: u64 = 1 << 18;
+/// Most bytes of a map that tells of pages singly which are missing.
+pub const MAX_MAP_BYTES: usize = 32 << 10;
+
+/// Most pages in one, a bit for each.
+pub const MAX_MAPPED_PAGES: u64 = MAX_MAP_BYTES as u64 * 8;
 
 /// Most bytes of a delta: with a longer one its page had better travel as it is.
 pub const MAX_DELTA_BYTES: usize = PAGE_BYTES / 2;
