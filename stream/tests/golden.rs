@@ -511,7 +511,7 @@ fn the_largest_payloads_fit_their_limits_exactly() {
             "",
             Message::Absent(Absence {
                 count: ferry_stream::limits::MAX_MAPPED_PAGES,
-                map: vec![1; ferry_stream::limits::MAX_MAPPED_PAGES as usize / 8].into(),
+                map: vec![1; ferry_stream::limits::MAX_MAP_BYTES].into(),
                 ..mapped()
             }),
         ),

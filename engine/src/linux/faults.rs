@@ -83,7 +83,8 @@ impl FaultRange {
 
 /// Where a region of guest RAM is, in words that outlive the engine: a VMM whose pages are missing may
 /// not be able to say so.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "host", derive(serde::Serialize, serde::Deserialize))]
 pub struct RamPlace {
     /// The region's name.
     pub name: String,
@@ -345,7 +346,8 @@ impl RamPager {
                 std::hint::spin_loop();
                 continue;
             }
-            if waited >= limit || !self.sleep(limit - waited)? {
+            let left = limit.saturating_sub(waited);
+            if left.is_zero() || !self.sleep(left)? {
                 self.process.check_alive()?;
                 return Ok(());
             }

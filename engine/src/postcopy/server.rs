@@ -419,7 +419,7 @@ impl<'a> ServedLane<'a> {
         let pages = u128::from(self.placed_pages) * FRAME_TIME.as_nanos() / took.as_nanos();
         let pages = u64::try_from(pages).unwrap_or(MOST_PAGES);
         // Half of the way: what is measured once may be an accident.
-        self.pages = ((self.pages + pages) / 2).clamp(FEWEST_PAGES, MOST_PAGES);
+        self.pages = u64::midpoint(self.pages, pages).clamp(FEWEST_PAGES, MOST_PAGES);
         self.placed_pages = 0;
         self.measured_from = Instant::now();
     }

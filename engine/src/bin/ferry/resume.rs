@@ -188,7 +188,7 @@ async fn resume_source(
 ) -> Result<Finished, Refusal> {
     let uri: TargetUri = target
         .parse()
-        .map_err(|error| Refusal::because(format!("{error}")))?;
+        .map_err(|error| Refusal::because(str::to_owned(error)))?;
     let addresses = host::resolve(&uri.authority, common).await?;
     let address = Address::Unix(qmp.to_owned());
     let options = Options::default();

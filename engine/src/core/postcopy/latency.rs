@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// Buckets to every doubling: a figure is right to a sixteenth.
-const STEPS: u64 = 16;
+const STEPS: u32 = 16;
 
 /// Enough for all lengths that a `u64` of nanoseconds has.
 const BUCKETS: usize = 64 * STEPS as usize;
@@ -86,18 +86,18 @@ fn bucket(took: Duration) -> usize {
     let Some(doublings) = nanos.max(1).ilog2().checked_sub(STEPS.ilog2()) else {
         return usize::try_from(nanos).unwrap_or(0);
     };
-    let within = (nanos >> doublings) - STEPS;
-    let at = (u64::from(doublings) + 1) * STEPS + within;
+    let within = (nanos >> doublings) - u64::from(STEPS);
+    let at = u64::from((doublings + 1) * STEPS) + within;
     usize::try_from(at).unwrap_or(BUCKETS - 1).min(BUCKETS - 1)
 }
 
 /// The longest that belongs to a bucket, in nanoseconds.
 fn bucket_end(at: usize) -> u64 {
-    let at = at as u64;
-    let Some(doublings) = (at / STEPS).checked_sub(1) else {
+    let (at, steps) = (at as u64, u64::from(STEPS));
+    let Some(doublings) = (at / steps).checked_sub(1) else {
         return at;
     };
-    let first = STEPS + at % STEPS;
+    let first = steps + at % steps;
     let end = u128::from(first + 1) << doublings;
     u64::try_from(end - 1).unwrap_or(u64::MAX)
 }

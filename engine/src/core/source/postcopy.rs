@@ -193,7 +193,7 @@ impl Switching {
                 dirty,
                 saved: Some(saved),
                 found: Some(found),
-            } if shared.lanes.sum().is_some() => shared.complete_without(dirty, found, saved),
+            } if shared.lanes.sum().is_some() => shared.complete_without(&dirty, found, saved),
             switching => State::Switching(switching),
         }
     }
@@ -201,7 +201,7 @@ impl Switching {
 
 impl Shared {
     /// Tells the target what it has to do without.
-    fn complete_without(&mut self, dirty: PageSet, found: PageSet, saved: Saved) -> State {
+    fn complete_without(&mut self, dirty: &PageSet, found: PageSet, saved: Saved) -> State {
         let now = self.now;
         self.meter.blackout(|watch| {
             watch.placed(saved.at);

@@ -77,30 +77,24 @@ impl Shared {
             return state;
         };
         let noted = absence::insert(missing, absence).and_then(|()| absence::insert(due, absence));
-        match noted {
-            Ok(()) => state,
-            Err(_) => {
-                let what = "pages outside guest RAM as absent";
-                let phase = Phase::Receiving;
-                self.refuse(Reason::Protocol { what, phase }, Parting::Done)
-            }
+        if noted.is_ok() {
+            return state;
         }
+        let what = "pages outside guest RAM as absent";
+        let phase = Phase::Receiving;
+        self.refuse(Reason::Protocol { what, phase }, Parting::Done)
     }
 
     /// What is known to be missing is discarded before the guest stands.
     pub(super) fn discard(&mut self, receiving: Receiving) -> State {
-        match &mut self.fetch {
-            Fetch::Told { due, .. } => {
-                let nothing = PageSet::empty(&self.inventory.layout);
-                let pages = std::mem::replace(due, nothing);
-                self.actions.push_back(Action::Discard { pages });
-                State::Receiving(receiving)
-            }
-            _ => {
-                let discard = Input::Received(Message::Discard);
-                self.unexpected(State::Receiving(receiving), &discard)
-            }
-        }
+        let state = State::Receiving(receiving);
+        let Fetch::Told { due, .. } = &mut self.fetch else {
+            return self.unexpected(state, &Input::Received(Message::Discard));
+        };
+        let nothing = PageSet::empty(&self.inventory.layout);
+        let pages = std::mem::replace(due, nothing);
+        self.actions.push_back(Action::Discard { pages });
+        state
     }
 
     /// Everything came that comes before the load.
