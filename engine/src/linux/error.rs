@@ -179,6 +179,36 @@ pub enum Error {
         /// Why not, and what to do about it.
         why: QuotaRefusal,
     },
+    /// What the process has mapped is not, or not only, the file at the addresses that are given.
+    #[error(
+        "guest RAM {name:?} is not one shared mapping of its file at {start:#x}..{end:#x}, and no other: a page that is missing there could be read elsewhere"
+    )]
+    NotMappedOnce {
+        /// The region.
+        name: String,
+        /// First address.
+        start: u64,
+        /// Address after the last one.
+        end: u64,
+    },
+    /// Pages cannot be placed in a range that is watched.
+    #[error("the kernel does not place pages in guest RAM {name:?}, which must be tmpfs")]
+    NotFillable {
+        /// The region.
+        name: String,
+    },
+    /// Pages that are to be missing hold something that the kernel does not discard.
+    #[error(
+        "pages of guest RAM {name:?} at {start:#x} of its file could not be discarded within {limit_ms} ms: if they are part of a huge page that something has pinned, put the file on a tmpfs mounted with huge=never"
+    )]
+    NotDiscarded {
+        /// The region.
+        name: String,
+        /// Where in the file the first of them is.
+        start: u64,
+        /// The bound, in milliseconds.
+        limit_ms: u64,
+    },
     /// A line of a file under `/proc` that we cannot read.
     #[error("cannot understand line {line:?} of {file}")]
     Proc {
@@ -233,7 +263,10 @@ impl From<Error> for VmmError {
             | Error::TracedByOther { .. }
             | Error::NoQuota { .. }
             | Error::Watched { .. }
-            | Error::Unwatched { .. } => Self::Unfit {
+            | Error::Unwatched { .. }
+            | Error::NotMappedOnce { .. }
+            | Error::NotFillable { .. }
+            | Error::NotDiscarded { .. } => Self::Unfit {
                 what: error.to_string(),
             },
             Error::Call { what, source } => Self::io(what, source),

@@ -12,7 +12,7 @@
 //! | [`maps`] | its mappings, parsed |
 //! | [`ram_file`], [`mapping`] | the file behind its guest RAM, opened through its own descriptors |
 //! | [`tracker`], [`shared_ram`] | the two put together as [`Tracker`](crate::vmm::Tracker) and [`Ram`](crate::vmm::Ram) |
-//! | [`faults`] | pages that the process waits for, as [`Faults`](crate::vmm::Faults) |
+//! | [`faults`] | the pages that a guest runs without, as [`Faults`](crate::vmm::Faults) |
 //! | [`passing`] | descriptors that go from process to process |
 //! | [`priority`] | threads that give way to all others |
 //! | [`quota`] | less time for some of the process's threads |

@@ -8,7 +8,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::time::{Duration, Instant};
 use std::{fmt, io};
@@ -115,6 +115,21 @@ impl Process {
                 outcome => return outcome == Ok(0),
             }
         }
+    }
+
+    /// A descriptor that becomes readable when the process ends.
+    pub(super) fn end(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// True when the process numbers its threads as we do: it is in the pid namespace whose numbers
+    /// `/proc` shows.
+    pub(super) fn shares_our_numbers(&self) -> Result<bool, Error> {
+        let status = self.read_proc("status")?;
+        let status = String::from_utf8_lossy(&status);
+        // One number for each namespace, from that of `/proc` to its own.
+        let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        Ok(numbers.is_some_and(|numbers| numbers.split_whitespace().count() == 1))
     }
 
     /// Fails with [`Error::Gone`] once the process has ended.

@@ -1,8 +1,8 @@
-//! Whether a process can be tracked, asked before anything is touched.
+//! Whether a process can be tracked, or its faults be served, asked before anything is touched.
 
 use super::pagemap::Pagemap;
 use super::uffd::{Features, Uffd};
-use super::{Error, Process, inject};
+use super::{Error, Process, RamFile, inject};
 use crate::vmm::Rearm;
 
 /// The capability that permits userfaultfds for faults in the kernel: its bit in `CapEff`.
@@ -11,7 +11,7 @@ const CAP_SYS_PTRACE: u32 = 19;
 /// Where an administrator permits userfaultfds to everyone.
 const UNPRIVILEGED: &str = "/proc/sys/vm/unprivileged_userfaultfd";
 
-/// Something that stands in the way of tracking. The text says what to do about it.
+/// Something that stands in the way of tracking, or of post-copy. The text says what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Finding {
@@ -30,6 +30,32 @@ pub enum Finding {
     NoAsyncWriteProtect {
         /// How it failed.
         source: Error,
+    },
+    /// The kernel does not tell of missing pages of shared memory.
+    #[error(
+        "this kernel's userfaultfd lacks missing pages of shared memory: run Linux 4.14 or newer, built with CONFIG_USERFAULTFD"
+    )]
+    NoMissingPages {
+        /// How it failed.
+        source: Error,
+    },
+    /// Guest RAM of which single pages cannot be missing.
+    #[error(
+        "guest RAM {name:?} is made of pages of {page_bytes} bytes, and post-copy places pages of 4096: give it a file on tmpfs instead of hugetlbfs, or move it without post-copy"
+    )]
+    HugePages {
+        /// The region.
+        name: String,
+        /// Bytes in a page of the memory behind it.
+        page_bytes: u32,
+    },
+    /// Guest RAM on a file system whose pages the kernel does not let us place.
+    #[error(
+        "guest RAM {name:?} is a file that does not lie on tmpfs: give it one below /dev/shm, or move it without post-copy"
+    )]
+    NotTmpfs {
+        /// The region.
+        name: String,
     },
     /// The process may not be traced.
     #[error("{0}")]
@@ -54,12 +80,47 @@ pub fn check(process: &Process) -> Result<Vec<Finding>, Error> {
             .err()
             .map(|source| Finding::NoPagemapScan { source }),
     );
-    let features = try_features();
+    let features = try_features(Features::TRACK_WRITES);
     findings.extend(
         features
             .err()
             .map(|source| Finding::NoAsyncWriteProtect { source }),
     );
+    findings.extend(check_injection(process)?);
+    Ok(findings)
+}
+
+/// Tells everything that stands in the way of post-copy to `process`, whose guest has the RAM `ram`, by
+/// name. Changes nothing in it.
+///
+/// Fails only when the process cannot be looked at, with [`Error::Gone`] for one that has ended.
+pub fn check_post_copy<'a>(
+    process: &Process,
+    ram: impl IntoIterator<Item = (&'a str, &'a RamFile)>,
+) -> Result<Vec<Finding>, Error> {
+    let mut findings: Vec<_> = ram.into_iter().filter_map(check_ram).collect();
+    let features = try_features(Features::SERVE_FAULTS);
+    findings.extend(
+        features
+            .err()
+            .map(|source| Finding::NoMissingPages { source }),
+    );
+    findings.extend(check_injection(process)?);
+    Ok(findings)
+}
+
+fn check_ram((name, file): (&str, &RamFile)) -> Option<Finding> {
+    let name = name.to_owned();
+    if file.is_hugetlb() {
+        let page_bytes = file.backing_page_bytes();
+        return Some(Finding::HugePages { name, page_bytes });
+    }
+    (!file.is_tmpfs()).then_some(Finding::NotTmpfs { name })
+}
+
+/// What keeps the process from making a userfaultfd for us.
+fn check_injection(process: &Process) -> Result<Vec<Finding>, Error> {
+    let mut findings = Vec::new();
     match inject::check_permitted(process) {
         Ok(()) => {}
         Err(error @ Error::Gone { .. }) => return Err(error),
@@ -84,10 +145,8 @@ fn try_pagemap_scan() -> Result<(), Error> {
 }
 
 /// Asks a userfaultfd of our own, of the kind that is permitted to everyone.
-fn try_features() -> Result<(), Error> {
-    Uffd::new_for_user_mode()?
-        .api(Features::TRACK_WRITES)
-        .map(drop)
+fn try_features(wanted: Features) -> Result<(), Error> {
+    Uffd::new_for_user_mode()?.api(wanted).map(drop)
 }
 
 /// The kernel permits it to a process that has the capability, and to all when the setting is 1.

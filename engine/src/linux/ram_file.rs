@@ -27,7 +27,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt as _};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::sys::stat::{FileStat, fstat, major, minor};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, Statfs, TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
@@ -128,12 +128,20 @@ impl RamFile {
     /// The file, to be given to another process; none when that could write it, or no descriptor is
     /// left.
     pub fn reader(&self) -> Option<File> {
-        let flags = fcntl(&self.file, FcntlArg::F_GETFL).ok()?;
-        let access = OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE;
-        if access != OFlag::O_RDONLY {
+        if self.access()? != OFlag::O_RDONLY {
             return None;
         }
         self.file.try_clone().ok()
+    }
+
+    /// True when it was opened for reading and writing.
+    pub(super) fn is_writable(&self) -> bool {
+        self.access() == Some(OFlag::O_RDWR)
+    }
+
+    fn access(&self) -> Option<OFlag> {
+        let flags = fcntl(&self.file, FcntlArg::F_GETFL).ok()?;
+        Some(OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE)
     }
 
     /// Reads exactly `into` from `offset`. Holes read as zeros and stay holes.
@@ -196,6 +204,25 @@ impl RamFile {
         Ok(allocated >= self.byte_len)
     }
 
+    /// Which file it is, as mappings name it.
+    pub(super) fn identity(&self) -> Result<(Device, u64), Error> {
+        self.stat().map(|stat| identity(&stat))
+    }
+
+    /// Gives back the memory of `bytes`, which then read as zeros. Fails when the file was opened for
+    /// reading alone. What the kernel could not take out of a huge page is zero and stays allocated.
+    pub(super) fn punch(&self, bytes: &Range<u64>) -> io::Result<()> {
+        let offset = i64::try_from(bytes.start).map_err(|_| Errno::EOVERFLOW)?;
+        let length = i64::try_from(bytes.end - bytes.start).map_err(|_| Errno::EOVERFLOW)?;
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        loop {
+            match fallocate(&self.file, flags, offset, length) {
+                Err(Errno::EINTR) => {}
+                outcome => return Ok(outcome?),
+            }
+        }
+    }
+
     pub(super) fn file(&self) -> &File {
         &self.file
     }
@@ -250,11 +277,15 @@ fn no_way_through_mapping(path: &str, error: &io::Error) -> bool {
 }
 
 fn is_file_of(stat: &FileStat, mapping: &Mapping) -> bool {
+    identity(stat) == (mapping.device, mapping.inode)
+}
+
+fn identity(stat: &FileStat) -> (Device, u64) {
     let device = Device {
         major: major(stat.st_dev),
         minor: minor(stat.st_dev),
     };
-    (device, stat.st_ino) == (mapping.device, mapping.inode)
+    (device, stat.st_ino)
 }
 
 fn no_such_file(process: &Process, mapping: &Mapping) -> Error {

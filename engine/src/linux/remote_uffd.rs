@@ -1,4 +1,4 @@
-//! Userfaultfds that a process has and does not know of: made in it for us, and left there by the dead.
+//! A userfaultfd within the process that made it.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -7,83 +7,85 @@ use super::uffd::{Features, Uffd};
 use super::{Error, Process, RemoteFd, inject};
 
 /// What the kernel calls a userfaultfd under `/proc/PID/fd`.
-const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
+const LINK: &str = "anon_inode:[userfaultfd]";
 
-/// Closes what an engine that died has left in the process: it would keep us from tracking.
-///
-/// No other user of userfaultfd agrees on these very features for a VMM. Should an engine be alive
-/// and at work on this guest, its own duplicate keeps its watch, and ours is refused.
-pub(super) fn close_leftovers(process: &Process) -> Result<(), Error> {
-    for fd in made_with(process, Features::TRACK_WRITES)? {
-        tracing::warn!(pid = %process.pid(), %fd, "closing what an earlier migration left");
-        inject::close(process, fd)?;
-    }
-    Ok(())
-}
-
-/// The userfaultfds of a process that have agreed on these features.
-pub(super) fn made_with(process: &Process, features: Features) -> Result<Vec<RemoteFd>, Error> {
-    let mut made = Vec::new();
+/// Every userfaultfd of `process` on which exactly `features` were agreed.
+pub(super) fn find(process: &Process, features: Features) -> Result<Vec<RemoteFd>, Error> {
+    let mut found = Vec::new();
     for fd in process.fds()? {
         // Descriptors come and go while we look.
-        let is_userfaultfd = process
-            .fd_link(fd)
-            .is_ok_and(|link| link == USERFAULTFD_LINK);
-        if !is_userfaultfd {
+        if !process.fd_link(fd).is_ok_and(|link| link == LINK) {
             continue;
         }
         let info = process.read_proc(&format!("fdinfo/{}", fd.0))?;
         let agreed = Uffd::features_in_fdinfo(&String::from_utf8_lossy(&info));
-        if agreed.is_some_and(|agreed| agreed.contains(features)) {
-            made.push(fd);
+        if agreed.is_some_and(|agreed| agreed.are_exactly(features)) {
+            found.push(fd);
         }
     }
-    Ok(made)
+    Ok(found)
 }
 
-/// A userfaultfd that the process made for us and does not know of. Dropping it closes it there.
+/// A userfaultfd that a process made for us and does not know of. Dropping it closes it there, unless
+/// it was left to the process.
 #[derive(Debug)]
 pub(super) struct RemoteUffd {
     process: Arc<Process>,
     fd: RemoteFd,
-    open: bool,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Open until this is dropped.
+    Ours,
+    /// Open until it is closed, whatever becomes of us.
+    Left,
+    Closed,
 }
 
 impl RemoteUffd {
+    /// Has the process make one.
     pub(super) fn new(process: Arc<Process>) -> Result<Self, Error> {
         let fd = inject::userfaultfd(&process)?;
-        Ok(Self::of(process, fd))
+        Ok(Self {
+            process,
+            fd,
+            state: State::Ours,
+        })
     }
 
-    /// One that was left in the process.
-    pub(super) fn of(process: Arc<Process>, fd: RemoteFd) -> Self {
+    /// One that was found there, and stays there.
+    pub(super) fn left(process: Arc<Process>, fd: RemoteFd) -> Self {
         Self {
             process,
             fd,
-            open: true,
+            state: State::Left,
         }
     }
 
-    /// Its number there.
+    /// From now on it outlives us.
+    pub(super) fn leave(&mut self) {
+        if self.state == State::Ours {
+            self.state = State::Left;
+        }
+    }
+
+    /// Its number in the process.
     pub(super) fn fd(&self) -> RemoteFd {
         self.fd
     }
 
-    /// Leaves it open there, whatever becomes of this value.
-    pub(super) fn leave(&mut self) {
-        self.open = false;
-    }
-
     /// Closes it in the process. A process that has ended has closed it itself.
     pub(super) fn close(&mut self) -> Result<(), Error> {
-        if !self.open {
+        if self.state == State::Closed {
             return Ok(());
         }
         match self.close_in_process() {
             Err(Error::Gone { .. }) => {}
             outcome => outcome?,
         }
-        self.open = false;
+        self.state = State::Closed;
         Ok(())
     }
 
@@ -91,7 +93,7 @@ impl RemoteUffd {
         let pid = self.process.pid();
         // Nobody else knows this descriptor. But to close one of the guest's disks is not to be undone.
         match self.process.fd_link(self.fd) {
-            Ok(link) if link == USERFAULTFD_LINK => inject::close(&self.process, self.fd),
+            Ok(link) if link == LINK => inject::close(&self.process, self.fd),
             Ok(_) => Err(Error::ForeignFd { pid, fd: self.fd }),
             Err(Error::Call { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
@@ -101,7 +103,9 @@ impl RemoteUffd {
 
 impl Drop for RemoteUffd {
     fn drop(&mut self) {
-        if let Err(error) = self.close() {
+        if self.state == State::Ours
+            && let Err(error) = self.close()
+        {
             tracing::warn!(pid = %self.process.pid(), fd = %self.fd, %error,
                 "a userfaultfd was left open in a process");
         }

@@ -19,9 +19,9 @@ use std::thread;
 use super::holes::{BLOCK_BYTES, Holes};
 use super::maps::Mapping;
 use super::pagemap::Pagemap;
-use super::remote_uffd::{RemoteUffd, close_leftovers};
+use super::remote_uffd::{self, RemoteUffd};
 use super::uffd::{Features, Mode, RangeIoctls, Uffd};
-use super::{Access, Error, Process, RamFile, maps};
+use super::{Access, Error, Process, RamFile, inject, maps};
 use crate::core::layout::{PAGE_SIZE, PageRange, RegionIndex};
 use crate::vmm::{Begun, Found, Fresh, Rearm, Tracker, VmmError};
 
@@ -427,4 +427,17 @@ fn in_parallel<I: Sync, T: Send, E>(
             .into_iter()
             .try_for_each(|(item, outcome)| done(item, outcome))
     })
+}
+
+/// Closes what an engine that died has left in the process: it would keep us from tracking.
+///
+/// No other user of userfaultfd agrees on these very features for a VMM: not ours that serves the faults
+/// of a guest either, which must stay. Should an engine be alive and at work on this guest, its own
+/// duplicate keeps its watch, and ours is refused.
+fn close_leftovers(process: &Process) -> Result<(), Error> {
+    for fd in remote_uffd::find(process, Features::TRACK_WRITES)? {
+        tracing::warn!(pid = %process.pid(), %fd, "closing what an earlier migration left");
+        inject::close(process, fd)?;
+    }
+    Ok(())
 }

@@ -2,6 +2,10 @@
 //!
 //! The descriptor acts on the address space that made it, whoever calls: taken out of another process
 //! with [`Process::take_fd`](super::Process::take_fd), it serves us as it would serve that process.
+//!
+//! Only memory that is not ours can come to miss pages, and be given them: see the module `missing`.
+
+pub(super) mod missing;
 
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -27,9 +31,9 @@ pub struct Features(u64);
 impl Features {
     /// Write-protection is understood at all.
     pub const PAGEFAULT_FLAG_WP: Self = Self(1 << 0);
-    /// Faults at pages of tmpfs that are not there.
+    /// Missing pages of shared memory.
     pub const MISSING_SHMEM: Self = Self(1 << 5);
-    /// Faults tell which thread has made them.
+    /// A fault tells which thread waits.
     pub const THREAD_ID: Self = Self(1 << 8);
     /// Write-protection of shared and of huge pages.
     pub const WP_HUGETLBFS_SHMEM: Self = Self(1 << 12);
@@ -46,8 +50,17 @@ impl Features {
             | Self::WP_ASYNC.0,
     );
 
-    /// What serving missing pages takes.
-    pub const SERVE_MISSING: Self = Self(Self::MISSING_SHMEM.0 | Self::THREAD_ID.0);
+    /// What serving the missing pages of shared memory takes. No events of `madvise`, `mremap` or `fork`
+    /// are among it: whoever gave back memory would wait until we have read that.
+    pub const SERVE_FAULTS: Self = Self(Self::MISSING_SHMEM.0 | Self::THREAD_ID.0);
+
+    /// What the kernel itself adds to what was agreed.
+    const INITIALIZED: Self = Self(1 << 31);
+
+    /// True when exactly these were agreed, by whoever did.
+    pub(super) fn are_exactly(self, agreed: Self) -> bool {
+        self.0 & !Self::INITIALIZED.0 == agreed.0
+    }
 
     /// True when every feature of `wanted` is in this set.
     pub fn contains(self, wanted: Self) -> bool {
@@ -60,10 +73,10 @@ impl Features {
 pub struct Mode(u64);
 
 impl Mode {
-    /// Accesses to pages that are not there.
-    pub const MISSING: Self = Self(1 << 0);
     /// Writes to protected pages.
     pub const WP: Self = Self(1 << 1);
+    /// Accesses to pages that are not there. For [`missing`] alone.
+    const MISSING: Self = Self(1 << 0);
 }
 
 /// Which ioctls a registered range allows, one bit each by ioctl number.
@@ -71,10 +84,10 @@ impl Mode {
 pub struct RangeIoctls(u64);
 
 impl RangeIoctls {
+    /// Placing pages that are missing, and making them zero.
+    pub const FILL: Self = Self(1 << 3 | 1 << 4);
     /// Protecting pages and lifting the protection.
     pub const WRITE_PROTECT: Self = Self(1 << 6);
-    /// Waking, and filling missing pages with bytes or with zeros.
-    pub const FILL: Self = Self(1 << 2 | 1 << 3 | 1 << 4);
 
     /// True when every ioctl of `wanted` is allowed.
     pub fn contains(self, wanted: Self) -> bool {
@@ -145,52 +158,6 @@ impl Uffd {
             .map_err(|error| Error::call("UFFDIO_UNREGISTER", error))
     }
 
-    /// Fills pages from `address` on that are not there with `from`, whole pages, and wakes whoever waits
-    /// for them. Returns how many bytes were filled and, if those are not all, why the next page was not:
-    /// `EEXIST` when it is there, `EAGAIN` when the memory is changing.
-    ///
-    /// Only for memory that no Rust value of ours is in.
-    pub(super) fn copy(&self, address: u64, from: &[u8]) -> (u64, Result<(), Errno>) {
-        let mut arg = CopyArg {
-            target: address,
-            source: from.as_ptr().addr() as u64,
-            len: from.len() as u64,
-            mode: 0,
-            done: 0,
-        };
-        let outcome = ioctl_copy(self.0.as_fd(), &mut arg);
-        (u64::try_from(arg.done).unwrap_or(0), outcome)
-    }
-
-    /// The same with zeros, for `addresses`.
-    pub(super) fn zero(&self, addresses: &Range<u64>) -> (u64, Result<(), Errno>) {
-        let mut arg = ZeroArg {
-            range: RangeArg::from(addresses),
-            mode: 0,
-            done: 0,
-        };
-        let outcome = ioctl_zero(self.0.as_fd(), &mut arg);
-        (u64::try_from(arg.done).unwrap_or(0), outcome)
-    }
-
-    /// Adds to `found` the accesses that wait, as address and thread. `EAGAIN` when there is none.
-    pub(super) fn faults(&self, found: &mut Vec<(u64, u32)>) -> Result<(), Errno> {
-        let mut buffer = [0; FAULTS_AT_ONCE * MESSAGE_BYTES];
-        let count = nix::unistd::read(&self.0, &mut buffer)?;
-        for message in buffer[..count].chunks_exact(MESSAGE_BYTES) {
-            if message[0] == PAGE_FAULT {
-                let address = u64::from_ne_bytes(array(message, 16));
-                found.push((address, u32::from_ne_bytes(array(message, 24))));
-            }
-        }
-        Ok(())
-    }
-
-    /// For waiting until there is an access to hear of.
-    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-
     /// Wakes every thread that a fault in the range has blocked: it tries again.
     pub fn wake(&self, addresses: &Range<u64>) -> Result<(), Error> {
         ioctl_wake(self.0.as_fd(), &RangeArg::from(addresses))
@@ -227,42 +194,6 @@ struct RegisterArg {
     ioctls: u64,
 }
 
-#[repr(C)]
-struct CopyArg {
-    target: u64,
-    source: u64,
-    len: u64,
-    mode: u64,
-    /// Bytes that were copied, or an error.
-    done: i64,
-}
-
-#[repr(C)]
-struct ZeroArg {
-    range: RangeArg,
-    mode: u64,
-    /// Bytes that were zeroed, or an error.
-    done: i64,
-}
-
-/// Bytes of a message that is read.
-const MESSAGE_BYTES: usize = 32;
-
-/// Most messages that are read at once.
-const FAULTS_AT_ONCE: usize = 64;
-
-/// `UFFD_EVENT_PAGEFAULT`, the first byte of a message. Its address is at 16, after the flags; the thread
-/// at 24.
-const PAGE_FAULT: u8 = 0x12;
-
-fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    let mut out = [0; N];
-    out.copy_from_slice(&bytes[at..at + N]);
-    out
-}
-
-const COPY: libc::c_ulong = nix::request_code_readwrite!(GROUP, 0x03, size_of::<CopyArg>());
-const ZEROPAGE: libc::c_ulong = nix::request_code_readwrite!(GROUP, 0x04, size_of::<ZeroArg>());
 const API: libc::c_ulong = nix::request_code_readwrite!(GROUP, 0x3F, size_of::<ApiArg>());
 const REGISTER: libc::c_ulong = nix::request_code_readwrite!(GROUP, 0x00, size_of::<RegisterArg>());
 // The kernel names these two "read" though it reads them from us.
@@ -272,8 +203,6 @@ const WAKE: libc::c_ulong = nix::request_code_read!(GROUP, 0x02, size_of::<Range
 const _: () = {
     assert!(size_of::<ApiArg>() == 24 && API == 0xC018_AA3F);
     assert!(size_of::<RegisterArg>() == 32 && REGISTER == 0xC020_AA00);
-    assert!(size_of::<CopyArg>() == 40 && COPY == 0xC028_AA03);
-    assert!(size_of::<ZeroArg>() == 32 && ZEROPAGE == 0xC020_AA04);
     assert!(size_of::<RangeArg>() == 16 && UNREGISTER == 0x8010_AA01 && WAKE == 0x8010_AA02);
 };
 
@@ -292,9 +221,10 @@ fn ioctl_api(fd: BorrowedFd<'_>, arg: &mut ApiArg) -> Result<(), Errno> {
 }
 
 fn ioctl_register(fd: BorrowedFd<'_>, arg: &mut RegisterArg) -> Result<(), Errno> {
-    // SAFETY: `arg` is the structure that this request reads and writes, and is ours alone. To register
-    // memory changes no byte of it: a page that is protected, or that is not there, reads as it did, if
-    // perhaps later.
+    // SAFETY: `arg` is the structure that this request reads and writes, and is ours alone. Memory
+    // of ours is only ever registered for write-protection, which changes none of its bytes: missing
+    // pages can be asked for in the module `missing` alone, which does it for the memory of other
+    // processes.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), REGISTER, std::ptr::from_mut(arg)) };
     Errno::result(result).map(drop)
 }
@@ -308,21 +238,6 @@ fn ioctl_unregister(fd: BorrowedFd<'_>, arg: &RangeArg) -> Result<(), Errno> {
 fn ioctl_wake(fd: BorrowedFd<'_>, arg: &RangeArg) -> Result<(), Errno> {
     // SAFETY: `arg` is the structure that this request reads; it does not write it.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), WAKE, std::ptr::from_ref(arg)) };
-    Errno::result(result).map(drop)
-}
-
-fn ioctl_copy(fd: BorrowedFd<'_>, arg: &mut CopyArg) -> Result<(), Errno> {
-    // SAFETY: `arg` is the structure that this request reads and writes, and is ours alone; the slice
-    // that it names outlives the call, which only reads it. What is written is memory of guest RAM in
-    // the address space that was registered: `Uffd::copy` says so to its callers.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), COPY, std::ptr::from_mut(arg)) };
-    Errno::result(result).map(drop)
-}
-
-fn ioctl_zero(fd: BorrowedFd<'_>, arg: &mut ZeroArg) -> Result<(), Errno> {
-    // SAFETY: `arg` is the structure that this request reads and writes, and is ours alone. A page that
-    // is not there reads as zeros anyway.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), ZEROPAGE, std::ptr::from_mut(arg)) };
     Errno::result(result).map(drop)
 }
 
@@ -365,5 +280,16 @@ mod tests {
         let fewer = Uffd::features_in_fdinfo("API:\taa:1:1ff\n").unwrap();
         assert!(!fewer.contains(Features::TRACK_WRITES));
         assert_eq!(Uffd::features_in_fdinfo("pending:\t0\n"), None);
+    }
+
+    /// A descriptor that a guest depends on must never be taken for one of a tracker, which is closed.
+    #[test]
+    fn tells_what_a_descriptor_was_made_for() {
+        let serving = Uffd::features_in_fdinfo("API:\taa:80000120:1ff\n").unwrap();
+        let tracking = Uffd::features_in_fdinfo("API:\taa:8000b001:1ff\n").unwrap();
+        assert!(serving.are_exactly(Features::SERVE_FAULTS));
+        assert!(!serving.contains(Features::TRACK_WRITES));
+        assert!(tracking.are_exactly(Features::TRACK_WRITES));
+        assert!(!tracking.are_exactly(Features::SERVE_FAULTS));
     }
 }

@@ -327,6 +327,7 @@ fn host(finding: &Finding) -> Problem {
     let code = match finding {
         Finding::NotTraceable(_) => ProblemCode::Ptrace,
         Finding::NoUserfaultfd { .. } => ProblemCode::Userfaultfd,
+        Finding::HugePages { .. } | Finding::NotTmpfs { .. } => ProblemCode::Ram,
         _ => ProblemCode::Kernel,
     };
     let text = finding.to_string();

@@ -188,9 +188,10 @@ impl Survey {
             let Some(found) = found else { continue };
             ranges.push(FaultRange {
                 region,
+                name: named.name.clone(),
                 addresses: found.addresses.clone(),
                 file: RamFile::open(process, &found.mapping, Access::ReadWrite)?,
-                file_start: found.file_bytes().start,
+                bytes: found.file_bytes(),
             });
         }
         Ok(RamFaults::new(Arc::clone(process), ranges))

@@ -2,7 +2,8 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufRead, Write};
+use std::io::{BufRead, PipeReader, PipeWriter, Write};
+use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -36,6 +37,8 @@ fn obey_all(path: OsString) {
         memory: Arc::new(Memory(memory)),
         file: Some(file),
         writers: None,
+        second: None,
+        pin: None,
     };
     patience::count_signals();
     say("ready");
@@ -44,7 +47,9 @@ fn obey_all(path: OsString) {
         let mut words = line.split(' ');
         let order = words.next().unwrap();
         let numbers: Vec<u64> = words.map(|word| word.parse().unwrap()).collect();
-        say(&guest.obey(order, &numbers));
+        if let Some(answer) = guest.obey(order, &numbers) {
+            say(&answer);
+        }
     }
 }
 
@@ -58,11 +63,14 @@ struct Guest {
     memory: Arc<Memory>,
     file: Option<File>,
     writers: Option<Writers>,
+    second: Option<MmapRaw>,
+    pin: Option<(PipeReader, PipeWriter)>,
 }
 
 impl Guest {
-    fn obey(&mut self, order: &str, numbers: &[u64]) -> String {
-        match (order, numbers) {
+    /// The answer; none from an order that threads carry out, each of which answers.
+    fn obey(&mut self, order: &str, numbers: &[u64]) -> Option<String> {
+        let answer = match (order, numbers) {
             // Writes a value into each of the pages.
             ("write", [value, pages @ ..]) => {
                 for page in pages {
@@ -71,6 +79,52 @@ impl Guest {
                 "written".into()
             }
             ("read", [page]) => self.memory.word(*page).load(Ordering::Relaxed).to_string(),
+            // Reads a page on a thread of its own, which says at its end what it was.
+            ("load", [page]) => {
+                let (memory, page) = (Arc::clone(&self.memory), *page);
+                answer_later(move || format!("{page} {:#x}", memory.digest(page)));
+                return None;
+            }
+            // Writes a value into a page on a thread of its own, which says so at its end.
+            ("store", [value, page]) => {
+                let (memory, page, value) = (Arc::clone(&self.memory), *page, *value);
+                answer_later(move || {
+                    memory.word(page).store(value, Ordering::Relaxed);
+                    format!("{page} stored")
+                });
+                return None;
+            }
+            // Lets threads read every page, each in an order of its own, and say what came of all.
+            ("digest", [threads]) => {
+                for seed in 0..*threads {
+                    let memory = Arc::clone(&self.memory);
+                    answer_later(move || format!("{:#x}", memory.digest_in_order_of(seed)));
+                }
+                return None;
+            }
+            // Lets threads add one to every page, each in an order of its own, and say when they have.
+            ("add", [threads]) => {
+                for seed in 0..*threads {
+                    let memory = Arc::clone(&self.memory);
+                    answer_later(move || memory.add_in_order_of(seed));
+                }
+                return None;
+            }
+            // Maps the RAM a second time.
+            ("map", []) => {
+                let file = self.file.as_ref().unwrap();
+                self.second = Some(MmapOptions::new().map_raw(file).unwrap());
+                "mapped".into()
+            }
+            // Pins a page by what waits in a pipe, until told otherwise.
+            ("pin", [page]) => {
+                self.pin = Some(self.memory.pin(*page));
+                "pinned".into()
+            }
+            ("unpin", []) => {
+                self.pin = None;
+                "unpinned".into()
+            }
             // Closes the file behind the RAM, which stays mapped.
             ("close", []) => {
                 self.file = None;
@@ -92,8 +146,17 @@ impl Guest {
                 "nobody".into()
             }
             other => panic!("no such order: {other:?}"),
-        }
+        };
+        Some(answer)
     }
+}
+
+/// Does `work` on a thread of its own, which says its number and what came of it.
+fn answer_later(work: impl FnOnce() -> String + Send + 'static) {
+    thread::spawn(move || {
+        let answer = work();
+        say(&format!("{} {answer}", nix::unistd::gettid()));
+    });
 }
 
 /// Gives up root and every capability, for the calling thread alone.
@@ -121,6 +184,67 @@ impl Memory {
         // SAFETY: aligned to a page, mapped as long as `self`, and only ever used as this atomic.
         unsafe { AtomicU64::from_ptr(place.cast()) }
     }
+}
+
+impl Memory {
+    /// What a page holds, every byte of it.
+    fn digest(&self, page: u64) -> u64 {
+        let first = std::ptr::from_ref(self.word(page));
+        let words = (0..PAGE_SIZE / size_of::<u64>()).map(|index| {
+            // SAFETY: within the page, which the check of its first word has found in the mapping.
+            let word = unsafe { first.add(index) };
+            // SAFETY: as there, and only ever used as atomics.
+            unsafe { &*word }.load(Ordering::Relaxed)
+        });
+        page_digest(page, words)
+    }
+
+    fn digest_in_order_of(&self, seed: u64) -> u64 {
+        let pages = shuffled(self.pages(), seed).into_iter();
+        pages.fold(0, |sum, page| sum.wrapping_add(self.digest(page)))
+    }
+
+    fn add_in_order_of(&self, seed: u64) -> String {
+        for page in shuffled(self.pages(), seed) {
+            self.word(page).fetch_add(1, Ordering::Relaxed);
+        }
+        "added".into()
+    }
+
+    fn pin(&self, page: u64) -> (PipeReader, PipeWriter) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let bytes = libc::iovec {
+            iov_base: std::ptr::from_ref(self.word(page)).cast_mut().cast(),
+            iov_len: PAGE_SIZE,
+        };
+        // SAFETY: the page is mapped as long as `self`, and the kernel only reads it.
+        let taken = unsafe { libc::vmsplice(writer.as_raw_fd(), &raw const bytes, 1, 0) };
+        assert_eq!(taken, PAGE_SIZE.cast_signed());
+        (reader, writer)
+    }
+}
+
+/// A number for the words of a page, which depends on each of them and on its place.
+pub(crate) fn page_digest(page: u64, words: impl Iterator<Item = u64>) -> u64 {
+    words.fold(page, |digest, word| {
+        (digest ^ word)
+            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+            .rotate_left(23)
+    })
+}
+
+/// The numbers below `count` in an order that `seed` decides.
+pub(crate) fn shuffled(count: u64, seed: u64) -> Vec<u64> {
+    let mut random = (seed + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mut numbers: Vec<_> = (0..count).collect();
+    for last in (1..numbers.len()).rev() {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let other = random % (last as u64 + 1);
+        numbers.swap(last, usize::try_from(other).unwrap());
+    }
+    numbers
 }
 
 /// Threads that write a higher number into a random page each time.

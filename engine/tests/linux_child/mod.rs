@@ -12,7 +12,7 @@ pub(crate) mod patience;
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd as _, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
@@ -20,6 +20,7 @@ use std::sync::Arc;
 use ferry_engine::linux::maps::{self, Mapping};
 use ferry_engine::linux::{Process, RemoteFd};
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::Pid;
 
@@ -79,6 +80,15 @@ impl Tracked {
                 return answer.trim_end().to_owned();
             }
         }
+    }
+
+    /// True when an answer has come that was not taken.
+    pub(crate) fn has_answer(&self) -> bool {
+        let mut fds = [PollFd::new(
+            self.output.get_ref().as_fd(),
+            PollFlags::POLLIN,
+        )];
+        !self.output.buffer().is_empty() || poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
     }
 
     pub(crate) fn ask(&mut self, order: impl Display) -> String {
@@ -167,6 +177,11 @@ impl Ram {
     pub(crate) fn tmpfs(bytes: u64, options: &str) -> Self {
         let mount = Mount::new("tmpfs", options);
         Self::on(mount, None, bytes)
+    }
+
+    /// A file of a file system that keeps it in memory and is not tmpfs.
+    pub(crate) fn ramfs(bytes: u64) -> Self {
+        Self::on(Mount::new("ramfs", ""), None, bytes)
     }
 
     /// A file on a hugetlbfs of its own, with as many huge pages as it takes.

@@ -229,19 +229,19 @@ async fn resume_target(
     place: &JournalPlace,
 ) -> Result<Finished, Refusal> {
     let unusable = |error: &VmmError| Refusal::of(error);
-    let (mut faults, layout) = RamFaults::find(process, ram).map_err(|error| unusable(&error))?;
     // Before anything is looked at: pages may be placed by nobody else.
     check_free(place)?;
+    let adopted =
+        RamFaults::adopt_at(Arc::clone(process), ram).map_err(|error| unusable(&error))?;
+    let idle = || {
+        let what = "the guest here waits for no pages: look whether it runs, with QMP query-status";
+        Refusal::because(what.to_owned())
+    };
+    let (faults, layout) = adopted.ok_or_else(idle)?;
     let missing = faults
         .without_memory(&layout)
         .map_err(|error| unusable(&error))?;
-    let adopted = faults.adopt().map_err(|error| unusable(&error))?;
-    let pager = adopted.ok_or_else(|| {
-        Refusal::because(
-            "the guest here waits for no pages: look whether it runs, with QMP query-status"
-                .to_owned(),
-        )
-    })?;
+    let pager = faults.pager().ok_or_else(idle)?;
     let listening = |error| Refusal::because(format!("cannot listen on {listen}: {error}"));
     let acceptor = TcpAcceptor::bind(listen).await.map_err(listening)?;
     say::tell(format_args!(
