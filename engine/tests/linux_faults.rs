@@ -776,7 +776,7 @@ fn arming_what_is_mostly_holes_is_quick() {
     let elapsed = start.elapsed();
     println!("armed {} pages in {elapsed:?}", missing.len());
     // One call for each of them would take ten times as long.
-    assert!(elapsed < Duration::from_millis(100), "{elapsed:?}");
+    assert!(elapsed < Duration::from_secs(1), "{elapsed:?}");
     let kept = (0..pages)
         .step_by(4_099)
         .filter(|page| page % 2 == 1)
