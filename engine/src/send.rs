@@ -287,6 +287,7 @@ impl Driver {
             Action::Scan { rearm, with } => self.scan(rearm, with),
             Action::CollectLast { into } => self.collect_last(into),
             Action::Survey { known, into } => self.survey(known, into),
+            Action::Peek => self.peek(),
             Action::CutShort => self.feed.cut_short(),
             Action::TakeLeft { into } => self.take_left(into),
             Action::Serve { missing, first } => self.server.serve(missing, &first),

@@ -27,6 +27,10 @@ pub struct View<'a> {
     pub throttled_percent: u8,
     /// Whether it may be slowed further: [`Verdict::Throttle`] means something.
     pub may_throttle: bool,
+    /// The same with every write counted, as far as that can be told: see [`written_bytes_per_s`].
+    pub written_bytes_per_s: u64,
+    /// True when it is asked within a round: nothing but [`Verdict::Postcopy`] means anything then.
+    pub within_round: bool,
     /// Whether the guest may be handed over before its pages: [`Verdict::Postcopy`] means something.
     pub may_hand_over: bool,
     /// What the VMMs take of a switchover: pause, device state both ways, resume.
@@ -66,32 +70,9 @@ impl View<'_> {
         self.floor().saturating_add(self.transfer(pages))
     }
 
-    /// What the guest writes, in bytes a second, with every write of a page counted: the longer a round
-    /// lasts, the more writes go to pages that are dirty already.
-    ///
-    /// Taken for uniform over what the first round sent, a write finds a page clean with the chance that
-    /// is left, so of N pages D are dirty after w writes when w = -N ln(1 - D/N).
-    pub fn written_bytes_per_s(&self) -> u64 {
-        let (Some(first), Some(last)) = (self.rounds.first(), self.rounds.last()) else {
-            return self.dirty_bytes_per_s;
-        };
-        let all = first.dirty_pages.max(1);
-        let dirty_bytes = u128::from(self.dirty_bytes_per_s) * last.took.as_nanos() / 1_000_000_000;
-        let dirty = u64::try_from(dirty_bytes / PAGE_SIZE as u128).unwrap_or(u64::MAX);
-        let clean = number(all.saturating_sub(dirty).max(1)) / number(all);
-        let part = number(dirty.min(all)) / number(all);
-        if part <= 0.0 {
-            return self.dirty_bytes_per_s;
-        }
-        let more = -clean.ln() / part;
-        // Of what is positive and, with `all` below 2^52, far below 2^64.
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "see above"
-        )]
-        let written = (number(self.dirty_bytes_per_s) * more.max(1.0)) as u64;
-        written
+    /// Whether the guest writes as much as the link carries.
+    fn outruns(&self) -> bool {
+        self.written_bytes_per_s >= self.rate_bytes_per_s
     }
 
     /// Time to send `pages` pages at the link's rate.
@@ -113,6 +94,26 @@ impl View<'_> {
     pub fn effective_limit(&self) -> Duration {
         self.limit.max(self.floor().saturating_add(LEAST_TRANSFER))
     }
+}
+
+/// What a guest writes, in bytes a second, that has `dirty` of `all` pages dirty after `span`: the longer
+/// that is, the more writes go to pages that are dirty already.
+///
+/// Taken for uniform over all pages, a write finds a page clean with the chance that is left, so of N
+/// pages D are dirty after w writes when w = -N ln(1 - D/N).
+pub fn written_bytes_per_s(dirty: u64, all: u64, span: Duration) -> u64 {
+    let all = all.max(1);
+    let clean = all.saturating_sub(dirty).max(1);
+    let writes = number(all) * (number(all) / number(clean)).ln();
+    let rate = writes.max(number(dirty)) * number(PAGE_SIZE as u64) / span.as_secs_f64().max(1e-6);
+    // Positive, and what is too large comes out as the largest.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "see above"
+    )]
+    let rate = rate as u64;
+    rate
 }
 
 /// A count as a number to calculate with.
@@ -166,7 +167,7 @@ pub enum Verdict {
 
 /// A convergence rule.
 pub trait Converge: Send {
-    /// Decides. Called after every collection, with the guest running.
+    /// Decides. Called after every collection, with the guest running, and now and then within a round.
     fn decide(&mut self, view: &View<'_>) -> Verdict;
 }
 
@@ -216,7 +217,7 @@ impl DowntimeLimit {
     /// Whether rounds will not come to fit: the guest writes as much as the link carries, or they have not
     /// shrunk for a while.
     fn cannot_meet(&self, view: &View<'_>) -> bool {
-        view.written_bytes_per_s() >= view.rate_bytes_per_s || self.stalled >= STEP_ROUNDS
+        view.outruns() || self.stalled >= STEP_ROUNDS
     }
 
     fn is_due_a_step(&self) -> bool {
@@ -249,6 +250,13 @@ const NEGLIGIBLE: u32 = 16;
 
 impl Converge for DowntimeLimit {
     fn decide(&mut self, view: &View<'_>) -> Verdict {
+        if view.within_round {
+            return if view.may_hand_over && view.outruns() {
+                Verdict::Postcopy
+            } else {
+                Verdict::Continue
+            };
+        }
         let shrinks = self
             .best
             .is_none_or(|best| view.dirty_pages * 100 < best * SHRINK_PERCENT);
@@ -298,6 +306,8 @@ mod tests {
             throttled_percent: 0,
             may_throttle: false,
             may_hand_over: false,
+            written_bytes_per_s: 0,
+            within_round: false,
             vmm: Duration::from_millis(6),
             scan: always(1),
             latency: always(1),
@@ -314,44 +324,62 @@ mod tests {
     }
 
     #[test]
+    fn every_write_counts_and_not_every_dirty_page() {
+        let span = Duration::from_secs(4);
+        let writes = |dirty| written_bytes_per_s(dirty, 100_000, span) / 4096;
+        assert_eq!(writes(0), 0);
+        assert!((250..=251).contains(&writes(1000)), "{}", writes(1000));
+        // Of 100,000 pages 70,000: 120,400 writes.
+        assert!(
+            (30_000..30_200).contains(&writes(70_000)),
+            "{}",
+            writes(70_000)
+        );
+        assert!(writes(100_000) > 200_000 && writes(200_000) > 200_000);
+    }
+
+    #[test]
     fn hands_over_as_soon_as_copying_cannot_keep_up() {
-        let round = |dirty_pages| RoundReport {
-            round: Round(1),
-            dirty_pages,
-            pages: dirty_pages,
-            zero_pages: 0,
-            bytes: 0,
-            took: Duration::from_secs(4),
-            dirty_bytes_per_s: 0,
-        };
-        let rounds = [round(100_000)];
-        // Of 100,000 pages 70,000 in 4 s: less than the link's 100 MiB/s, but with the pages that were
-        // written more than once 30,000 a second, which is more.
         let busy = View {
-            rounds: &rounds,
-            dirty_bytes_per_s: 17_500 * 4096,
+            dirty_bytes_per_s: 70 * MIB_PER_S,
+            written_bytes_per_s: 100 * MIB_PER_S,
             may_hand_over: true,
             ..view(70_000)
         };
-        assert!(busy.dirty_bytes_per_s < busy.rate_bytes_per_s);
-        let written = busy.written_bytes_per_s() / 4096;
-        assert!((30_000..30_300).contains(&written), "{written}");
-        assert_eq!(DowntimeLimit::default().decide(&busy), Verdict::Postcopy);
+        let decides = |view: &View<'_>| DowntimeLimit::default().decide(view);
+        assert_eq!(decides(&busy), Verdict::Postcopy);
         let kept = View {
             may_hand_over: false,
             ..busy.clone()
         };
-        assert_eq!(DowntimeLimit::default().decide(&kept), Verdict::Continue);
+        assert_eq!(decides(&kept), Verdict::Continue);
         let calm = View {
-            dirty_bytes_per_s: 1000 * 4096,
-            ..busy
+            written_bytes_per_s: 99 * MIB_PER_S,
+            ..busy.clone()
         };
-        assert_eq!(DowntimeLimit::default().decide(&calm), Verdict::Continue);
+        assert_eq!(decides(&calm), Verdict::Continue);
         // A hot set that does not shrink.
         let mut rule = DowntimeLimit::default();
         let verdicts = std::iter::from_fn(|| Some(rule.decide(&calm)));
         let went_on = verdicts.take_while(|verdict| *verdict == Verdict::Continue);
-        assert_eq!(went_on.count(), 1 + STEP_ROUNDS as usize - 1);
+        assert_eq!(went_on.count(), STEP_ROUNDS as usize);
+    }
+
+    #[test]
+    fn within_a_round_it_hands_over_or_goes_on() {
+        let within = View {
+            within_round: true,
+            may_hand_over: true,
+            written_bytes_per_s: 100 * MIB_PER_S,
+            ..view(0)
+        };
+        let mut rule = DowntimeLimit::default();
+        assert_eq!(rule.decide(&within), Verdict::Postcopy);
+        let calm = View {
+            written_bytes_per_s: 0,
+            ..within
+        };
+        assert_eq!(rule.decide(&calm), Verdict::Continue, "though it would fit");
     }
 
     #[test]

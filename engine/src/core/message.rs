@@ -272,6 +272,8 @@ pub enum Input {
     Armed,
     /// Target: nobody waits for pages any more, and nothing is left of it.
     Disarmed,
+    /// Source: so many pages were written since they were last reported.
+    Peeked(u64),
     /// Source: disk images are flushed.
     Flushed,
     /// Source: the guest is slowed by so much of its time, in percent.
@@ -436,6 +438,9 @@ pub enum Action {
         /// Whether the bandwidth limit holds.
         pace: Pace,
     },
+    /// Source: look how much was written since it was last reported, while a round is under way. Answered by
+    /// [`Input::Peeked`], if it can be told.
+    Peek,
     /// Source: let no lane take more of the open round, which ends with what was taken.
     CutShort,
     /// Source: take back what no lane has taken of the last round. Answered by [`Input::Left`].

@@ -6,7 +6,7 @@ use std::time::Duration;
 use ferry_stream::message::Round;
 
 use crate::core::blackout::{Blackout, Stopwatch};
-use crate::core::converge::Spread;
+use crate::core::converge::{Spread, written_bytes_per_s};
 use crate::core::encoding::EncodingTotals;
 use crate::core::layout::PAGE_SIZE;
 use crate::core::message::{HandedOn, LaneTotals, Moment, Phase};
@@ -17,6 +17,9 @@ const RATE_SAMPLE_BYTES: u64 = 1 << 20;
 
 /// What is assumed of a link before anything was measured, in bytes a second: 1 Gbit/s.
 const ASSUMED_RATE: u64 = 125_000_000;
+
+/// A look at what was written in less time says little.
+const LEAST_LOOK: Duration = Duration::from_millis(150);
 
 /// How many of the latest scans and short rounds are looked at for the slowest: what comes next may be
 /// as slow.
@@ -420,6 +423,30 @@ impl Meter {
         self.rounds
             .last()
             .map_or(0, |round| round.dirty_bytes_per_s)
+    }
+
+    /// What the guest writes, with every write counted, in bytes a second.
+    pub(crate) fn written(&self) -> u64 {
+        let (Some(first), Some(last)) = (self.rounds.first(), self.rounds.last()) else {
+            return 0;
+        };
+        let dirty = u128::from(last.dirty_bytes_per_s) * last.took.as_nanos()
+            / (1_000_000_000 * PAGE_SIZE as u128);
+        let dirty = u64::try_from(dirty).unwrap_or(u64::MAX);
+        let rate = written_bytes_per_s(dirty, first.dirty_pages, last.took);
+        rate.max(last.dirty_bytes_per_s)
+    }
+
+    /// The same within a round, in which `dirty` pages were written so far: none when that says nothing
+    /// yet.
+    pub(crate) fn written_so_far(&self, now: Moment, dirty: u64) -> Option<u64> {
+        let span = now.since(self.collected_at?);
+        let open = self.open.as_ref()?;
+        let all = self
+            .rounds
+            .first()
+            .map_or(open.dirty_pages, |first| first.dirty_pages);
+        (span >= LEAST_LOOK).then(|| written_bytes_per_s(dirty, all, span))
     }
 
     /// Pages of the open round that were dealt with, and all pages of it.

@@ -35,6 +35,25 @@ impl Driver {
         }
     }
 
+    /// Looks at all of guest RAM, on a thread that may block.
+    pub(super) fn peek(&mut self) {
+        let Some(fresh) = self.outfit.fresh.get().cloned() else {
+            return;
+        };
+        let (layout, facts) = (self.outfit.ram.layout().clone(), self.facts.clone());
+        self.opening.spawn_blocking(move || {
+            let mut pages = 0;
+            for (index, region) in layout.iter() {
+                let looked = fresh.written(index, region.all(), &mut |run| pages += run.count);
+                if let Err(error) = looked {
+                    // What is written is reported all the same; a rule that does not know of it waits.
+                    return tracing::debug!(error = in_full(&error), "no look within the round");
+                }
+            }
+            facts.tell(Input::Peeked(pages));
+        });
+    }
+
     pub(super) fn take_left(&self, mut into: PageSet) {
         self.facts.tell(match self.feed.take_left(&mut into) {
             Ok(()) => Input::Left { left: into },

@@ -166,6 +166,25 @@ fn moved(ferry: Ferry) -> Value {
     ended.json()
 }
 
+/// The one death that a guest does not survive: both sides say so, and nobody claims that it moved.
+#[test]
+fn the_targets_qemu_dies() {
+    let _turn = Turn::take().unwrap();
+    let machine = small(QemuVersion::V10_0);
+    let pair = Pair::boot(&machine);
+    let Move {
+        migrate, receive, ..
+    } = handed_over(&pair);
+    pair.target.kill().unwrap();
+    for ended in [migrate.wait(BOUND).unwrap(), receive.wait(BOUND).unwrap()] {
+        assert_eq!(ended.code(), 3, "{ended:?}");
+        assert_eq!(ended.json()["outcome"], "in-doubt");
+        assert!(ended.stderr.contains("the guest is lost"), "{ended:?}");
+        assert!(ended.stderr.contains("Start the guest anew"), "{ended:?}");
+    }
+    assert_ne!(pair.source.run_state().unwrap(), "running");
+}
+
 #[test]
 fn the_targets_engine_dies() {
     let _turn = Turn::take().unwrap();

@@ -12,6 +12,7 @@ use ferry_engine::core::message::{GuestLeft, Outcome, Reason};
 use ferry_engine::core::meter::{PostcopyReport, Report, RoundReport};
 use ferry_engine::core::outcome::in_full;
 use ferry_engine::core::postcopy::FetchFigures;
+use ferry_engine::message::AbortCode;
 use ferry_engine::qemu::Problem;
 use serde::Serialize;
 
@@ -415,6 +416,14 @@ impl Teller {
                 say::tell(format_args!("ferry: not moved: {}", words(reason)));
                 say::tell(format_args!("{}", guest_sentence(guest)));
             }
+            Outcome::InDoubt { reason } if is_lost(reason) => {
+                say::tell(format_args!("ferry: {}", words(reason)));
+                say::tell(format_args!(
+                    "It had run at the target, with pages missing that only the source has. The source's \
+                     QEMU, if it was not ended, holds the guest as it was at the hand-over; its disks have \
+                     been written since. Start the guest anew from them."
+                ));
+            }
             Outcome::InDoubt { reason } => {
                 say::tell(format_args!("ferry: IN DOUBT: {}", words(reason)));
                 say::tell(format_args!(
@@ -516,6 +525,17 @@ fn guest_sentence(guest: &GuestLeft) -> String {
                 in_full(failure)
             )
         }
+    }
+}
+
+/// Whether there is a guest no more, by either side's word.
+fn is_lost(reason: &Reason) -> bool {
+    match reason {
+        Reason::DiedWithoutPages { .. } => true,
+        Reason::PeerAborted { code, text } => {
+            *code == AbortCode::GuestGone && text.contains("before all pages had come")
+        }
+        _ => false,
     }
 }
 

@@ -99,6 +99,12 @@ pub enum Reason {
         /// How that showed.
         what: String,
     },
+    /// The VMM at the target died with pages missing that the guest was handed over without.
+    #[error("the guest is lost: the target's VMM died before all pages had come: {what}")]
+    DiedWithoutPages {
+        /// How that showed.
+        what: String,
+    },
     /// The guest turned itself off.
     #[error("the guest shut down during the move")]
     GuestShutDown,
@@ -238,6 +244,7 @@ impl Reason {
             }
             Self::GuestGone { .. }
             | Self::TargetGone { .. }
+            | Self::DiedWithoutPages { .. }
             | Self::GuestShutDown
             | Self::GuestPanicked => AbortCode::GuestGone,
             Self::TimedOut { .. } => AbortCode::Timeout,

@@ -71,6 +71,7 @@ impl Shared {
                 // What lanes carry that wait for a scan says nothing about the link.
                 if matches!(&state, State::Copying(copying) if copying.is_known()) {
                     self.grow();
+                    self.peek();
                 }
                 // Pages that move are no standstill, however slow the link. A live copy that stands
                 // still is bounded as well: it may be a suspended one a moment later.
@@ -86,6 +87,10 @@ impl Shared {
                 state
             }
             Input::Whole => self.whole(state),
+            Input::Peeked(pages) => {
+                self.peeked(&state, pages);
+                state
+            }
             Input::Flushed => {
                 self.flush = Flush::None;
                 state.go_on(self)

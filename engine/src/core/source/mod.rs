@@ -136,6 +136,10 @@ struct Shared {
     heat: Heat,
     link: Link,
     way: Way,
+    /// A look within the round is under way.
+    peeking: bool,
+    /// By the last one copying could not keep up.
+    outrun: bool,
     floor_told: bool,
     /// Go was said, and the target has not said that the guest is ours again.
     given_away: bool,
@@ -206,6 +210,8 @@ impl Source {
             heat: Heat::new(&inventory.layout),
             link: Link::Up,
             way: Way::Closed,
+            peeking: false,
+            outrun: false,
             floor_told: false,
             given_away: false,
             config,

@@ -132,6 +132,24 @@ impl Shared {
         self.converge.decide(&view)
     }
 
+    /// What the rule says within a round, with so many pages dirty by now, and so much written.
+    pub(super) fn verdict_within(&mut self, dirty_pages: u64, written_bytes_per_s: u64) -> Verdict {
+        let Self { config, meter, .. } = self;
+        let view = View {
+            written_bytes_per_s,
+            within_round: true,
+            ..view(
+                config,
+                meter,
+                &self.slowing,
+                self.way,
+                self.now,
+                dirty_pages,
+            )
+        };
+        self.converge.decide(&view)
+    }
+
     pub(super) fn finish(&mut self, outcome: Outcome) -> State {
         self.unbound();
         self.timeout = None;
@@ -165,6 +183,8 @@ fn view<'a>(
         throttled_percent: slowing.percent(),
         may_throttle: slowing.has_more(),
         may_hand_over: way == Way::Open,
+        written_bytes_per_s: meter.written(),
+        within_round: false,
         vmm: config.switchover_floor,
         scan: meter.scan(),
         latency: meter.latency(),

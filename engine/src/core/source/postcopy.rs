@@ -17,6 +17,7 @@ use ferry_stream::message::{Features, Message};
 use super::precopy::Collecting;
 use super::switchover::Saved;
 use super::{Shared, State};
+use crate::core::converge::Verdict;
 use crate::core::message::{Action, Input, Moment, Notice, Reason};
 use crate::core::pageset::PageSet;
 use crate::core::postcopy::Way;
@@ -68,6 +69,32 @@ impl Shared {
             }
             Way::Due | Way::Taken | Way::Whole => {}
         }
+    }
+
+    /// Looks, within a round, whether copying can keep up: a round may take long.
+    pub(super) fn peek(&mut self) {
+        if self.way == Way::Open && !self.peeking {
+            self.peeking = true;
+            self.actions.push_back(Action::Peek);
+        }
+    }
+
+    pub(super) fn peeked(&mut self, state: &State, dirty: u64) {
+        self.peeking = false;
+        if self.way != Way::Open || !matches!(state, State::Copying(_)) {
+            return;
+        }
+        let Some(written) = self.meter.written_so_far(self.now, dirty) else {
+            return;
+        };
+        let verdict = self.verdict_within(dirty, written);
+        // One look may be at a burst.
+        if verdict != Verdict::Postcopy || !std::mem::replace(&mut self.outrun, true) {
+            self.outrun = verdict == Verdict::Postcopy;
+            return;
+        }
+        self.tell(Notice::HandsOverBefore);
+        self.order_postcopy(state);
     }
 
     /// Nothing is copied: all that the guest has will be missing.

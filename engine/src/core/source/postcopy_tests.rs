@@ -200,6 +200,30 @@ fn the_rule_may_hand_over() {
     );
 }
 
+/// By the word of the rule after two looks in a row.
+#[test]
+fn a_first_round_that_is_outrun_is_cut_short() {
+    let config = SourceConfig {
+        postcopy: Postcopy::Allowed,
+        ..config()
+    };
+    let mut bench = Bench::with(config, RunState::Running, Verdict::Postcopy);
+    ready(&mut bench);
+    bench.tell(tracking(16));
+    let look =
+        |bench: &mut Bench| bench.tell(Input::Sent(crate::core::message::LaneTotals::default()));
+    assert_eq!(look(&mut bench), ["Peek"]);
+    assert_eq!(look(&mut bench), [""; 0], "one at a time");
+    // It is too early to say anything.
+    assert_eq!(bench.tell(Input::Peeked(16)), [""; 0]);
+    bench.now = bench.now.after(Duration::from_millis(200));
+    for orders in [vec![], vec!["tell", "CutShort"]] {
+        assert_eq!(look(&mut bench), ["Peek"]);
+        assert_eq!(bench.tell(Input::Peeked(16)), orders);
+    }
+    assert_eq!(look(&mut bench), [""; 0], "it is decided");
+}
+
 #[test]
 fn a_target_that_cannot_is_told_of_or_refused() {
     for explicit in [Postcopy::Now, Postcopy::AfterPrecopy] {

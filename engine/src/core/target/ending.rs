@@ -223,9 +223,10 @@ impl Taken {
     /// Once the guest runs here, nothing can end that; what happens to it is its own affair.
     pub(super) fn trouble(self, shared: &mut Shared, reason: &Reason) -> State {
         match reason {
-            Reason::TargetGone { .. } if !shared.fetch.is_over() => {
+            Reason::TargetGone { what } if !shared.fetch.is_over() => {
+                let reason = Reason::DiedWithoutPages { what: what.clone() };
                 shared.send(reason.abort());
-                return shared.in_doubt(reason.clone());
+                return shared.in_doubt(reason);
             }
             Reason::TargetGone { .. } => shared.tell(Notice::Leftover(reason.to_string())),
             Reason::Failed(failure) => shared.tell_leftover(failure),
