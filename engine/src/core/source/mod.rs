@@ -57,7 +57,7 @@ use self::deltas::Bases;
 use self::ending::{Leaving, Undoing};
 use self::lanes::Lanes;
 pub use self::postcopy::Postcopy;
-use self::postcopy::Switching;
+use self::postcopy::{Looks, Switching};
 use self::precopy::{Collecting, Copying, Holding, Preparing};
 use self::slowing::Slowing;
 use self::switchover::{Asking, Draining, Given, Giving, Offering, Stopping};
@@ -136,10 +136,7 @@ struct Shared {
     heat: Heat,
     link: Link,
     way: Way,
-    /// A look within the round is under way.
-    peeking: bool,
-    /// By the last one copying could not keep up.
-    outrun: bool,
+    looks: Looks,
     floor_told: bool,
     /// Go was said, and the target has not said that the guest is ours again.
     given_away: bool,
@@ -210,8 +207,7 @@ impl Source {
             heat: Heat::new(&inventory.layout),
             link: Link::Up,
             way: Way::Closed,
-            peeking: false,
-            outrun: false,
+            looks: Looks::default(),
             floor_told: false,
             given_away: false,
             config,

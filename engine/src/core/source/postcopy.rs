@@ -37,6 +37,15 @@ pub enum Postcopy {
     Now,
 }
 
+/// Looks within a round at whether copying can keep up.
+#[derive(Debug, Default)]
+pub(super) struct Looks {
+    /// One is under way.
+    under_way: bool,
+    /// By the last one it could not.
+    outrun: bool,
+}
+
 impl Shared {
     /// The target has said what it is able to. An error where it cannot do what was asked for.
     pub(super) fn agree_on_postcopy(&mut self) -> Result<(), Reason> {
@@ -73,14 +82,14 @@ impl Shared {
 
     /// Looks, within a round, whether copying can keep up: a round may take long.
     pub(super) fn peek(&mut self) {
-        if self.way == Way::Open && !self.peeking {
-            self.peeking = true;
+        if self.way == Way::Open && !self.looks.under_way {
+            self.looks.under_way = true;
             self.actions.push_back(Action::Peek);
         }
     }
 
     pub(super) fn peeked(&mut self, state: &State, dirty: u64) {
-        self.peeking = false;
+        self.looks.under_way = false;
         if self.way != Way::Open || !matches!(state, State::Copying(_)) {
             return;
         }
@@ -89,8 +98,8 @@ impl Shared {
         };
         let verdict = self.verdict_within(dirty, written);
         // One look may be at a burst.
-        if verdict != Verdict::Postcopy || !std::mem::replace(&mut self.outrun, true) {
-            self.outrun = verdict == Verdict::Postcopy;
+        if verdict != Verdict::Postcopy || !std::mem::replace(&mut self.looks.outrun, true) {
+            self.looks.outrun = verdict == Verdict::Postcopy;
             return;
         }
         self.tell(Notice::HandsOverBefore);
